@@ -1,0 +1,46 @@
+# make demo: trains a small GPT on 8 ranks of this machine (tp 4 x pp 2).   make test: the test suite.
+# Everything runs in .venv, which is made on first use and again only when setup.py or constraints.txt change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check bench-cpu clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/torchrun --standalone --nproc-per-node 8 examples/pretrain_gpt.py --tp 4 --pp 2
+
+test: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-test
+	@echo "ruff: lint and import order"
+	@$(BIN)/ruff check .
+	@echo "mypy: types"
+	@$(BIN)/mypy
+	@echo "architecture: layers and house rules"
+	@$(BIN)/python -m pytest tests/test_architecture.py
+
+bench-cpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/cpu.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "error: Python %d.%d is too old: make PYTHON=python3.10 or newer" % v[:2])'
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py constraints.txt | $(BIN)/python
+	@echo "installing megallm and what it needs (minutes on the first run)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: setup.py constraints.txt | $(BIN)/python
+	@echo "installing megallm, what it needs and the test tools (minutes on the first run)"
+	@$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/.installed

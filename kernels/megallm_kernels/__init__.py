@@ -1,0 +1,1 @@
+"""Triton kernels, one op a file. Knows nothing of megallm: it is tested and benchmarked alone."""

@@ -1,0 +1,32 @@
+"""One run: the sections that the flags of an example fill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megallm.config.checkpoint import CheckpointConfig
+from megallm.config.data import DataConfig
+from megallm.config.optim import OptimConfig
+from megallm.config.parallel import ParallelConfig
+from megallm.config.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything the command line can say."""
+
+    model: str | None = None
+    """A preset's name, or a Hugging Face model directory, whose weights are then loaded. auto = the embedded
+    default."""
+    from_scratch: bool = False
+    """Take only the shape of the directory given as `model`, with new weights."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the model is laid over ranks."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is trained on."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Where the run is saved."""

@@ -1,0 +1,10 @@
+"""Data: text to tokens on disk, tokens to samples, samples to batches.
+
+    text files, embedded corpus        documents.py, corpus.py
+      -> tokenizer                     tokenizer.py
+      -> PREFIX.bin, PREFIX.idx        encode.py, indexed.py, cache.py, prepare.py
+      -> samples of S + 1 tokens       dataset.py, permutation.py, blend.py
+      -> batches of this dp rank       loader.py
+
+The order of the samples is a function of (seed, number of samples consumed) and of nothing else.
+"""

@@ -1,0 +1,101 @@
+"""Self-attention of one layer, heads cut over tp.
+
+Letters: B sequences, S positions, T = B * S tokens, H hidden, N query heads, K key/value heads, D head dim, t tp size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megallm.config.model import ModelConfig
+from megallm.model.context import TokenContext
+from megallm.model.parameters import ParameterFactory
+from megallm.ops.attention import attention
+from megallm.ops.norm import rms_norm
+from megallm.ops.rope import rope
+from megallm.parallel.linear import ColumnLinear, RowLinear
+
+
+class SelfAttention(nn.Module):
+    """qkv projection, rotary embedding, causal attention, output projection: [T', H] -> [T', H], T' = T or T/t."""
+
+    def __init__(self, factory: ParameterFactory, *, layer: int, std_out: float, recompute: bool) -> None:
+        super().__init__()
+        config, tp = factory.config, factory.mesh.tp
+        self._config, self._layer, self._recompute = config, layer, recompute
+        self._num_heads = config.num_attention_heads // tp.size
+        self._num_kv_heads = max(config.num_key_value_heads // tp.size, 1)
+        self._first_head = tp.rank * self._num_heads
+        prefix = f"model.layers.{layer}.self_attn"
+        sequence_parallel = factory.sequence_parallel
+        self.qkv_proj = ColumnLinear(
+            factory.qkv(prefix),
+            factory.qkv_bias(prefix) if config.attention_bias else None,
+            tp=tp,
+            sequence_parallel=sequence_parallel,
+        )
+        width = config.num_attention_heads * config.head_dim
+        self.o_proj = RowLinear(
+            factory.row(f"{prefix}.o_proj.weight", config.hidden_size, width, std=std_out),
+            factory.replicated(f"{prefix}.o_proj.bias", (config.hidden_size,), init="zeros")
+            if config.attention_out_bias
+            else None,
+            tp=tp,
+            sequence_parallel=sequence_parallel,
+        )
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:  # each rank sees its own heads only, so the gradient is partial even without SP
+            self.q_norm = factory.replicated(f"{prefix}.q_norm.weight", (config.head_dim,), init="ones", partial=True)
+            self.k_norm = factory.replicated(f"{prefix}.k_norm.weight", (config.head_dim,), init="ones", partial=True)
+
+    def forward(
+        self, x: torch.Tensor, context: TokenContext, rotary: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """x [T', H]; rotary = cos and sin [T, D/2], None with learned positions."""
+        qkv = self.qkv_proj(x)  # [T, (N + 2K) D / t]
+        if self._recompute and torch.is_grad_enabled():
+            mixed = checkpoint(self._mix, qkv, context, rotary, use_reentrant=False, preserve_rng_state=False)
+        else:
+            mixed = self._mix(qkv, context, rotary)
+        return self.o_proj(mixed)
+
+    def _mix(
+        self, qkv: torch.Tensor, context: TokenContext, rotary: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """[T, (N + 2K) D / t] -> [T, N D / t]: everything between the two projections."""
+        config = self._config
+        heads, kv_heads, dim = self._num_heads, self._num_kv_heads, config.head_dim
+        qkv = qkv.view(qkv.size(0), heads + 2 * kv_heads, dim)
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(qk[:, :heads], self.q_norm, config.norm_eps)
+            k = rms_norm(qk[:, heads:], self.k_norm, config.norm_eps)
+            qk = torch.cat([q, k], dim=1)
+        if rotary is not None:
+            qk = rope(qk, *rotary)
+        shape = (context.batch_size, context.seq_length, -1, dim)
+        q, k, v = qk[:, :heads].reshape(shape), qk[:, heads:].reshape(shape), v.reshape(shape)
+        if context.cache is not None:
+            k, v = context.cache.update(self._layer, k, v)
+        mask = context.mask
+        window = None if mask is not None else config.sliding_window
+        keep = _dropout_keep(config, context, self._layer, self._first_head, heads)
+        out = attention(q, k, v, sliding_window=window, mask=mask, keep=None if keep is None else keep.to(q.dtype))
+        return out.view(-1, heads * dim)
+
+
+def _dropout_keep(
+    config: ModelConfig, context: TokenContext, layer: int, first_head: int, num_heads: int
+) -> torch.Tensor | None:
+    if context.dropout is None or config.attention_dropout == 0.0:
+        return None
+    return context.dropout.attention(
+        config.attention_dropout,
+        layer=layer,
+        first_head=first_head,
+        num_heads=num_heads,
+        all_heads=config.num_attention_heads,
+        seq_length=context.seq_length,
+    )

@@ -1,0 +1,68 @@
+"""What the layers need to know about the microbatch that passes through them.
+
+Letters: B sequences, S positions, T = B * S tokens (batch-major), t tp size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megallm.parallel import random
+
+
+class Cache(Protocol):
+    """Keys and values of earlier positions."""
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores k and v [B, S, K, D] of a layer; returns all that attention should see, [B, L, K, D]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout:
+    """Dropout masks as a function of (key, layer, place, global token): equal on every layout."""
+
+    key: int
+    """Made from the seed and the step."""
+    sample_ids: torch.Tensor
+    """[B] int64, global number of each sequence."""
+
+    def hidden(self, x: torch.Tensor, drop: float, *, layer: int, place: str, first_token: int, seq_length: int) -> torch.Tensor:  # fmt: skip
+        """x [n, H] = tokens first_token .. first_token+n-1 of the microbatch, with dropped elements zeroed."""
+        token = torch.arange(first_token, first_token + x.size(0), device=x.device)
+        token = self.sample_ids[token // seq_length] * seq_length + token % seq_length
+        index = token.unsqueeze(-1) * x.size(-1) + torch.arange(x.size(-1), device=x.device)
+        keep = random.keep_mask(index, key=random.key(self.key, layer, place), drop=drop)
+        return x * (keep.to(x.dtype) / (1.0 - drop))
+
+    def attention(
+        self, drop: float, *, layer: int, first_head: int, num_heads: int, all_heads: int, seq_length: int
+    ) -> torch.Tensor:
+        """[B, num_heads, S, S]: 0 for dropped probabilities, 1 / (1 - drop) for kept ones, fp64."""
+        device = self.sample_ids.device
+        head = torch.arange(first_head, first_head + num_heads, device=device)
+        row = (self.sample_ids.unsqueeze(-1) * all_heads + head).view(-1, num_heads, 1, 1)
+        i = torch.arange(seq_length, device=device)
+        index = (row * seq_length + i.unsqueeze(-1)) * seq_length + i
+        return random.keep_mask(index, key=random.key(self.key, layer, "attention"), drop=drop).double() / (1.0 - drop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenContext:
+    """One microbatch as the layers see it."""
+
+    batch_size: int
+    """B."""
+    seq_length: int
+    """S."""
+    position_ids: torch.Tensor | None = None
+    """[T] int64; None = 0 .. S-1 in every sequence."""
+    dropout: Dropout | None = None
+    """None = no dropout (evaluation, or all rates 0)."""
+    cache: Cache | None = None
+    """Set while generating."""
+    mask: torch.Tensor | None = None
+    """[B or 1, 1, S, L] bool, true = visible; None = causal."""

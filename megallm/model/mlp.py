@@ -1,0 +1,41 @@
+"""The MLP of one layer, its hidden features cut over tp.
+
+Letters: T tokens, H hidden, F intermediate, t tp size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megallm.model.parameters import ParameterFactory
+from megallm.ops.activation import activation, gated
+from megallm.parallel.linear import ColumnLinear, RowLinear
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))): [T', H] -> [T', H], T' = T or T/t."""
+
+    def __init__(self, factory: ParameterFactory, *, layer: int, std_out: float) -> None:
+        super().__init__()
+        config, tp = factory.config, factory.mesh.tp
+        self._act, self._gated = config.hidden_act, config.gated_mlp
+        prefix, hidden, inner = f"model.layers.{layer}.mlp", config.hidden_size, config.intermediate_size
+        parts = ["gate_proj", "up_proj"] if config.gated_mlp else ["up_proj"]
+        self.gate_up_proj = ColumnLinear(
+            factory.column([(f"{prefix}.{part}.weight", inner) for part in parts], hidden),
+            factory.column_bias([(f"{prefix}.{part}.bias", inner) for part in parts]) if config.mlp_bias else None,
+            tp=tp,
+            sequence_parallel=factory.sequence_parallel,
+        )
+        self.down_proj = RowLinear(
+            factory.row(f"{prefix}.down_proj.weight", hidden, inner, std=std_out),
+            factory.replicated(f"{prefix}.down_proj.bias", (hidden,), init="zeros") if config.mlp_bias else None,
+            tp=tp,
+            sequence_parallel=factory.sequence_parallel,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T', H] -> [T', H]."""
+        inner = self.gate_up_proj(x)  # [T, 2F/t] = [gate | up], or [T, F/t]
+        return self.down_proj(gated(inner, self._act) if self._gated else activation(inner, self._act))

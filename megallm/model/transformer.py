@@ -1,0 +1,184 @@
+"""The transformer as this rank holds it: a list of stages, one per virtual stage.
+
+    stage 0            stage 1 .. p*v-2        stage p*v-1
+    embedding, layers  layers                  layers, final norm, head
+
+Stage s lives on pipeline rank s mod pp. A stage maps hidden states [T', H] (token ids for the first) to hidden states
+(the head's output for the last); T' = T, or T/tp under sequence parallelism.
+
+Letters: B sequences, S positions, T = B * S tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megallm.config.model import ModelConfig
+from megallm.model.block import Block, Norm, drop_hidden
+from megallm.model.context import TokenContext
+from megallm.model.parameters import ParameterFactory, initialize_
+from megallm.model.rotary import RotaryTable
+from megallm.parallel.collectives import join_sequence, own_part
+from megallm.parallel.embedding import VocabEmbedding
+from megallm.parallel.layout import ParamSpec
+from megallm.parallel.linear import ColumnLinear
+from megallm.parallel.logprobs import VocabLogits
+from megallm.parallel.mesh import Mesh
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class Stage(nn.Module):
+    """Some consecutive layers, with the embedding if first and the head if last."""
+
+    def __init__(
+        self,
+        factory: ParameterFactory,
+        *,
+        layers: Sequence[int],
+        is_first: bool,
+        is_last: bool,
+        recompute: Recompute,
+        tied_to: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        config, mesh = factory.config, factory.mesh
+        self.config, self.is_first, self.is_last = config, is_first, is_last
+        self._mesh, self._sequence_parallel = mesh, factory.sequence_parallel
+        self._recompute_layers = recompute == "full"
+        if is_first:
+            self.embed_tokens = VocabEmbedding(
+                factory.vocab("model.embed_tokens.weight", tied=config.tie_word_embeddings),
+                tp=mesh.tp,
+                sequence_parallel=factory.sequence_parallel,
+            )
+            if config.position_embedding == "learned":
+                table = (config.max_position_embeddings, config.hidden_size)
+                self.embed_positions = factory.replicated("model.embed_positions.weight", table, init="normal")
+        self.layers = nn.ModuleDict(
+            {str(i): Block(factory, layer=i, recompute_attention=recompute == "selective") for i in layers}
+        )
+        self._rotary: RotaryTable | None = None
+        if layers and config.position_embedding == "rope":
+            dtype = next(self.layers.parameters()).dtype
+            self._rotary = RotaryTable(config, dtype=dtype, device=mesh.device)
+        if is_last:
+            self.norm = Norm(factory, "model.norm")
+            self._build_head(factory, tied_to)
+
+    def _build_head(self, factory: ParameterFactory, tied_to: nn.Parameter | None) -> None:
+        config = factory.config
+        if config.head == "scalar":
+            self.score = factory.replicated("score.weight", (1, config.hidden_size), init="normal")
+            return
+        if config.tie_word_embeddings:
+            if self.is_first:
+                tied_to = self.embed_tokens.weight
+            weight = tied_to if tied_to is not None else factory.vocab("model.embed_tokens.weight", tied=True)
+        else:
+            weight = factory.vocab("lm_head.weight", tied=False)
+        self.lm_head = ColumnLinear(
+            weight, None, tp=factory.mesh.tp, sequence_parallel=factory.sequence_parallel
+        )
+
+    def forward(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor | VocabLogits:
+        """x: token ids [T] (first stage) or hidden states [T', H].
+
+        Returns hidden states [T', H]; of the last stage VocabLogits (lm head) or values [B, S] fp32 (scalar head).
+        """
+        if self.is_first:
+            x = self._embed(x, context)
+        rotary = None
+        if self._rotary is not None:
+            longest = context.seq_length if context.position_ids is None else self.config.max_position_embeddings
+            rotary = self._rotary.lookup(context, longest)
+        for block in self.layers.values():
+            if self._recompute_layers and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, rotary, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, context, rotary)
+        return self._head(self.norm(x), context) if self.is_last else x
+
+    def _embed(self, input_ids: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        x = self.embed_tokens(input_ids)  # [T', H]
+        part = self._mesh.tp if self._sequence_parallel else None
+        if self.config.position_embedding == "learned":
+            positions = context.position_ids
+            if positions is None:
+                positions = torch.arange(context.seq_length, device=x.device).repeat(context.batch_size)
+            positions = own_part(positions, part) if part is not None else positions
+            x = x + F.embedding(positions, self.embed_positions)
+        tp_rank = part.rank if part is not None else 0
+        return drop_hidden(x, context, self.config.hidden_dropout, layer=-1, place="embedding", tp_rank=tp_rank)
+
+    def _head(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor | VocabLogits:
+        if self.config.head == "scalar":
+            values = F.linear(x, self.score).view(-1)  # [T']
+            values = values if values.dtype == torch.float64 else values.float()
+            if self._sequence_parallel:
+                values = join_sequence(values, self._mesh.tp)
+            return values.view(context.batch_size, context.seq_length)
+        return VocabLogits(self.lm_head(x), vocab_size=self.config.vocab_size, tp=self._mesh.tp)
+
+
+class Transformer(nn.Module):
+    """This rank's stages (chunks) and the ParamSpec of each of their parameters."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        partition: Sequence[Sequence[int]],
+        dtype: torch.dtype = torch.float32,
+        sequence_parallel: bool | None = None,
+        recompute: Recompute = "none",
+    ) -> None:
+        """`partition[s]`: the layers of stage s, of all pp * virtual_stages stages of the pipeline."""
+        super().__init__()
+        self.config, self.mesh, self.dtype = config, mesh, dtype
+        self.sequence_parallel = mesh.tp.size > 1 if sequence_parallel is None else sequence_parallel
+        self.num_stages = len(partition)
+        factory = ParameterFactory(
+            config,
+            mesh,
+            dtype=dtype,
+            sequence_parallel=self.sequence_parallel,
+            tied_copies=mesh.pp.size > 1 and config.head == "lm",
+        )
+        self.stages = nn.ModuleDict()
+        for stage in range(mesh.pp.rank, self.num_stages, mesh.pp.size):
+            self.stages[str(stage)] = Stage(
+                factory,
+                layers=list(partition[stage]),
+                is_first=stage == 0,
+                is_last=stage == self.num_stages - 1,
+                recompute=recompute,
+                tied_to=self.stages["0"].embed_tokens.weight if mesh.pp.size == 1 and stage > 0 else None,  # type: ignore[union-attr, arg-type]
+            )
+        self.specs: dict[str, ParamSpec] = {n: factory.specs[p] for n, p in self.named_parameters()}
+
+    def stage(self, index: int) -> Stage:
+        """The stage of global index `index`, which must live on this rank."""
+        return self.stages[str(index)]  # type: ignore[return-value]
+
+    def initialize(self, seed: int) -> Transformer:
+        """Fills all parameters: a function of (seed, parameter's name, global index) alone. Returns self."""
+        for name, parameter in self.named_parameters():
+            initialize_(parameter.data, self.specs[name], seed=seed)
+        return self
+
+    def is_second_copy(self, name: str) -> bool:
+        """Whether the parameter is the last pipeline stage's copy of the tied embedding."""
+        return self.specs[name].tied and name.endswith("lm_head.weight")
+
+    def slices(self) -> Iterator[tuple[str, ParamSpec, torch.Tensor]]:
+        """(name, spec, local parameter) of every parameter on this rank."""
+        for name, parameter in self.named_parameters():
+            yield name, self.specs[name], parameter

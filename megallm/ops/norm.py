@@ -1,0 +1,60 @@
+"""RMSNorm and LayerNorm over the last dimension.
+
+    rms_norm:    y = x / sqrt(mean(x^2) + eps) * w                       (Zhang, Sennrich, arXiv 1910.07467)
+    layer_norm:  y = (x - mean(x)) / sqrt(var(x) + eps) * w + b          (Ba et al., arXiv 1607.06450)
+
+Letters: T rows, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The specification: statistics in fp32 (fp64 for fp64), the result in x's dtype."""
+    wide = x.to(_wide(x))
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """y [..., H] for x [..., H] and weight [H]; statistics in fp32 (fp64 for fp64)."""
+    if x.is_cuda:
+        return F.rms_norm(x, (x.size(-1),), weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """y [..., H] for x [..., H], weight [H] and bias [H]."""
+    return F.layer_norm(x, (x.size(-1),), weight, bias, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Few passes over memory, where torch's CPU form is a chain of elementwise operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:  # type: ignore[override]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
+        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale  # x / rms, in the wide dtype
+        product = unit * dy
+        wide_weight = weight.to(unit.dtype)
+        # dx = scale (w dy - unit mean(w dy unit));  dw = sum over rows of dy unit
+        mean = torch.mv(product.view(-1, x.size(-1)), wide_weight).div_(x.size(-1)).view(scale.shape)
+        dweight = product.view(-1, x.size(-1)).sum(0).to(weight.dtype)
+        dx = unit.mul_(mean.neg_()).addcmul_(dy.to(unit.dtype), wide_weight).mul_(scale)
+        return dx.to(x.dtype), dweight, None
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,77 @@
+"""Where a parameter's gradient goes: straight into its slice of a flat bucket, without a temporary.
+
+A layer that owns a large matrix asks its sink to accumulate `dy^T x` in the bucket's precision (fp32 for bf16
+weights) with one GEMM; small parameters let autograd make the gradient and a hook adds it. Either way the sink counts
+contributions, and tells the bucket when the last one of the step has arrived. Without a sink (a layer used alone, a
+test) gradients flow through autograd as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class GradSink:
+    """Accumulates one parameter's gradient over the microbatches of a step."""
+
+    def __init__(self, buffer: torch.Tensor, on_ready: Callable[[], None]) -> None:
+        self.buffer = buffer
+        """View of the bucket with the parameter's shape, in the accumulation dtype."""
+        self._on_ready = on_ready
+        self._is_fresh = True
+        self._awaited = 0
+
+    def expect(self, contributions: int) -> None:
+        """Starts a step: the buffer is complete after so many contributions; the first one overwrites it."""
+        self._is_fresh, self._awaited = True, contributions
+
+    def add_product(self, dy: torch.Tensor, x: torch.Tensor) -> None:
+        """buffer += dy^T x for dy [T, out] and x [T, in]."""
+        if dy.dtype == self.buffer.dtype:
+            torch.addmm(self.buffer, dy.t(), x, beta=0.0 if self._is_fresh else 1.0, out=self.buffer)
+        elif dy.is_cuda:
+            self._add(torch.mm(dy.t(), x, out_dtype=self.buffer.dtype))
+        else:
+            self._add(dy.t().to(self.buffer.dtype) @ x.to(self.buffer.dtype))
+        self._count()
+
+    def add_rows(self, rows: torch.Tensor, dy: torch.Tensor) -> None:
+        """buffer[rows[i]] += dy[i] for rows [T] int64 and dy [T, in]."""
+        if self._is_fresh:
+            self.buffer.zero_()
+        self.buffer.index_add_(0, rows, dy.to(self.buffer.dtype))
+        self._count()
+
+    def add(self, grad: torch.Tensor) -> None:
+        """buffer += grad."""
+        self._add(grad)
+        self._count()
+
+    def close(self) -> None:
+        """Ends a step in which some contributions did not come (an unused parameter): they count as zero."""
+        if self._is_fresh:
+            self.buffer.zero_()
+        self._is_fresh = False
+
+    def _add(self, grad: torch.Tensor) -> None:
+        if self._is_fresh:
+            self.buffer.copy_(grad)
+        else:
+            self.buffer.add_(grad)
+
+    def _count(self) -> None:
+        self._is_fresh = False
+        self._awaited -= 1
+        if self._awaited == 0:
+            self._on_ready()
+
+
+class SinkLayer(nn.Module):
+    """A layer whose own backward can feed sinks; `grad_sinks` maps its parameters' short names to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grad_sinks: dict[str, GradSink] = {}

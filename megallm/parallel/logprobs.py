@@ -1,0 +1,90 @@
+"""Log-probabilities and cross-entropy over a vocabulary that is cut over tp; logits are never gathered.
+
+    log p(label) = logit[label] - logsumexp over V of logits
+
+Each rank's local logsumexp and its part of the label's logit, 2 T numbers, are gathered; everything else is local.
+
+Letters: T tokens, V vocabulary, t tp size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megallm.parallel.collectives import all_gather
+from megallm.parallel.mesh import Axis
+
+IGNORE_INDEX = -100
+
+
+class VocabLogits:
+    """The lm head's output: this rank's columns of the logits of T tokens.
+
+    What losses use of it is the same on every layout: `token_logprobs` and `cross_entropy`.
+    """
+
+    def __init__(self, local: torch.Tensor, *, vocab_size: int, tp: Axis) -> None:
+        self.local = local
+        """[T, V/tp] with the padding columns of the last rank."""
+        self.vocab_size = vocab_size
+        self._tp = tp
+
+    def token_logprobs(self, labels: torch.Tensor) -> torch.Tensor:
+        """log p(label) of each token, in labels' shape, fp32 (fp64 for fp64 logits), 0 where the label is -100.
+
+        labels [T] or [B, S] int64. Differentiable. Uses up the logits: call it once.
+        """
+        columns = self.local.size(-1)
+        valid = min(max(self.vocab_size - self._tp.rank * columns, 0), columns)
+        flat = _LogProbs.apply(self.local, labels.reshape(-1), valid, self._tp)
+        return flat.view(labels.shape)
+
+    def cross_entropy(self, labels: torch.Tensor) -> torch.Tensor:
+        """-log p(label) of each token: `token_logprobs` with the sign of a loss."""
+        return -self.token_logprobs(labels)
+
+    def gathered(self) -> torch.Tensor:
+        """The logits [T, V] on every tp rank, fp32. For sampling and tests, never for training."""
+        if self._tp.size == 1:
+            return self.local[:, : self.vocab_size].float()
+        parts = all_gather(self.local.float(), self._tp).chunk(self._tp.size, dim=0)
+        return torch.cat(parts, dim=-1)[:, : self.vocab_size]
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, valid: int, tp: Axis) -> torch.Tensor:  # type: ignore[override]
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        columns = logits.size(-1)
+        if valid < columns:
+            logits = logits.clone()
+            logits[:, valid:] = torch.finfo(logits.dtype).min
+        local = torch.log_softmax(logits, dim=-1, dtype=wide)  # [T, V/t], normalised over this rank's columns
+        column = labels - tp.rank * columns
+        mine = (column >= 0) & (column < columns)
+        column = column.masked_fill(~mine, 0).unsqueeze(-1)
+        target = local.gather(-1, column).squeeze(-1)
+        shift: torch.Tensor | None = None
+        if tp.size > 1:
+            own_norm = (logits[:, :1].to(wide) - local[:, :1]).squeeze(-1)  # local logsumexp, [T]
+            target = (target + own_norm).masked_fill_(~mine, 0)  # the label's logit on its rank, 0 elsewhere
+            norms, targets = all_gather(torch.stack([own_norm, target]), tp).view(tp.size, 2, -1).unbind(1)
+            norm = torch.logsumexp(norms, dim=0)
+            shift = own_norm - norm
+            target = targets.sum(0) - norm
+        ignored = labels == IGNORE_INDEX
+        ctx.save_for_backward(local, shift, column, mine, ignored)
+        ctx.dtype = logits.dtype
+        return target.masked_fill(ignored, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        local, shift, column, mine, ignored = ctx.saved_tensors
+        grad = grad.masked_fill(ignored, 0).unsqueeze(-1)  # [T, 1]
+        if shift is not None:
+            local.add_(shift.unsqueeze(-1))
+        dlogits = local.exp_().mul_(-grad)  # d log p(y) / d logit_j = [j = y] - p_j; the buffer is ours
+        dlogits.scatter_add_(-1, column, (grad * mine.unsqueeze(-1)).to(dlogits.dtype))
+        return dlogits.to(ctx.dtype), None, None, None

@@ -1,0 +1,1 @@
+"""How a process starts (launch), speaks (logging) and ends (guard)."""

@@ -1,0 +1,143 @@
+"""The engine: a model on a mesh with its optimizer, and the verbs a trainer needs.
+
+    engine = Engine(config, mesh)             build this rank's part, initialise or load
+    engine.train_step(batch, loss_fn)         one optimizer step
+    engine.forward(batch, fn)                 outputs of the last stage, no gradients
+    engine.generate(...)  .save(dir)  .load(dir)
+
+It needs no command line, no config file and no global; two engines (an actor and a critic) can share a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from megallm.config.model import ModelConfig
+from megallm.config.optim import OptimConfig
+from megallm.config.parallel import ParallelConfig, ScheduleName
+from megallm.model.transformer import Recompute, Transformer
+from megallm.optim.gradients import Gradients
+from megallm.optim.optimizer import AdamW
+from megallm.parallel.mesh import Mesh
+from megallm.pipeline.generators import forward_only, make_schedule
+from megallm.pipeline.partition import partition_layers
+from megallm.pipeline.runtime import Microbatch, run_schedule
+from megallm.pipeline.schedule import Schedule
+from megallm.pipeline.validate import validate
+from megallm.trainers.losses import Batch, LossFunction, count_labels
+from megallm.trainers.step import StepResult, dropout_key, split_batch, train_step
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Engine:
+    """One model on one mesh."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        parallel: ParallelConfig | None = None,
+        optim: OptimConfig | None = None,
+        micro_batch_size: int = 1,
+        precision: str = "fp32",
+        recompute: Recompute = "none",
+        seed: int = 1234,
+        train: bool = True,
+    ) -> None:
+        """Builds and initialises this rank's part. Of `parallel` only what the mesh does not say is used.
+
+        micro_batch_size: sequences a forward takes at once; `train=False` leaves out gradients and optimizer state.
+        """
+        parallel = parallel if parallel is not None else ParallelConfig(tp=mesh.tp.size, pp=mesh.pp.size)
+        self.config, self.mesh, self.optim = config, mesh, optim if optim is not None else OptimConfig()
+        self.micro_batch_size, self.seed = micro_batch_size, seed
+        self._virtual_stages, self._schedule_name = parallel.virtual_stages, parallel.schedule
+        self.num_stages = mesh.pp.size * parallel.virtual_stages
+        self.model = Transformer(
+            config,
+            mesh,
+            partition=partition_layers(
+                config.num_hidden_layers, self.num_stages, explicit=parallel.pipeline_partition
+            ),
+            dtype=DTYPES[precision],
+            sequence_parallel=parallel.sequence_parallel,
+            recompute=recompute,
+        ).initialize(seed)
+        self.gradients: Gradients | None = None
+        self.optimizer: AdamW | None = None
+        if train:
+            self.gradients = Gradients(self.model, bucket_size=parallel.bucket_size)
+            self.optimizer = AdamW(self.gradients, self.optim)
+        self.step = 0
+        """Optimizer steps done."""
+
+    def train_step(
+        self,
+        batch: Batch,
+        loss_fn: LossFunction,
+        *,
+        learning_rate: float | None = None,
+        count_fn: Callable[[Batch], torch.Tensor] = count_labels,
+    ) -> StepResult:
+        """One optimizer step on this data-parallel rank's batch: `input_ids` [B, S] int64 and what the loss reads.
+
+        B is a multiple of micro_batch_size; the batch is the same on all tp and pp ranks. A collective.
+        """
+        if self.gradients is None or self.optimizer is None:
+            raise ValueError("this engine was built with train=False: build it with train=True to train")
+        has_dropout = self.config.hidden_dropout > 0 or self.config.attention_dropout > 0
+        result = train_step(
+            self.model,
+            self.gradients,
+            self.optimizer,
+            batch,
+            loss_fn,
+            schedule=self._schedule(self._num_microbatches(batch)),
+            count_fn=count_fn,
+            learning_rate=self.optim.learning_rate if learning_rate is None else learning_rate,
+            max_grad_norm=self.optim.max_grad_norm,
+            dropout_key=dropout_key(self.seed, self.step) if has_dropout else None,
+        )
+        self.step += 1
+        return result
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, fn: Callable[[Any, Batch], Any]) -> list[Any]:
+        """`fn(output, microbatch)` for each microbatch, where `output` is the last stage's VocabLogits or values.
+
+        No gradients, no dropout. Results in order on the last pipeline rank, an empty list elsewhere. A collective.
+        """
+        count = self._num_microbatches(batch)
+        microbatches = split_batch(batch, count, mesh=self.mesh)
+
+        def call(output: Any, microbatch: Microbatch) -> Any:
+            return fn(output, microbatch.batch)
+
+        return run_schedule(self.model, self._forward_schedule(count), microbatches, call, train=False)
+
+    def _num_microbatches(self, batch: Batch) -> int:
+        size = batch["input_ids"].size(0)
+        if size % self.micro_batch_size:
+            raise ValueError(
+                f"a batch of {size} sequences is not a multiple of micro_batch_size ({self.micro_batch_size})"
+            )
+        return size // self.micro_batch_size
+
+    def _schedule(self, num_microbatches: int) -> Schedule:
+        return _validated(self._schedule_name, self.mesh.pp.size, self._virtual_stages, num_microbatches)
+
+    def _forward_schedule(self, num_microbatches: int) -> Schedule:
+        return forward_only(self.mesh.pp.size, self._virtual_stages, num_microbatches)
+
+
+@lru_cache(maxsize=16)
+def _validated(name: ScheduleName | None, pp: int, virtual_stages: int, num_microbatches: int) -> Schedule:
+    schedule = make_schedule(name, pp=pp, virtual_stages=virtual_stages, num_microbatches=num_microbatches)
+    validate(schedule)
+    return schedule

@@ -1,0 +1,123 @@
+"""One optimizer step, the same for every trainer: what differs is the batch and the loss.
+
+    split the rank's batch into microbatches            data
+    count the tokens of the step over all ranks         one number, so that gradients are only ever summed
+    run the schedule: forwards and backwards            gradients of full buckets are reduced meanwhile
+    finish the reductions, take the global norm
+    clip and update                                     one pass over flat memory
+Nothing waits for the device; `StepResult.metrics()` does, when somebody wants to see numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megallm.model.context import Dropout, TokenContext
+from megallm.model.transformer import Transformer
+from megallm.optim.clip import clip_divisor, global_norm
+from megallm.optim.gradients import Gradients
+from megallm.optim.optimizer import AdamW
+from megallm.parallel import random
+from megallm.parallel.collectives import all_reduce_
+from megallm.parallel.mesh import Mesh
+from megallm.pipeline.runtime import Microbatch, run_schedule
+from megallm.pipeline.schedule import Schedule
+from megallm.trainers.losses import Batch, LossFunction
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind, on the device."""
+
+    loss_sum: torch.Tensor
+    """0-d: the loss sums of this rank's microbatches, divided by the step's count; 0 without the last stage."""
+    sums: dict[str, torch.Tensor]
+    """0-d sums of the loss function's own metrics, likewise divided."""
+    num_tokens: torch.Tensor
+    """0-d: trained tokens of the step over all ranks."""
+    grad_norm: torch.Tensor
+    """0-d: global gradient norm before clipping."""
+    mesh: Mesh
+
+    def metrics(self) -> dict[str, float]:
+        """`loss`, `grad_norm`, `tokens` and the loss's own metrics, of the whole job. A collective with a host sync."""
+        names = ["loss", *sorted(self.sums)]
+        values = torch.stack([self.loss_sum.double(), *(self.sums[n].double() for n in sorted(self.sums))])
+        values = all_reduce_(all_reduce_(values, self.mesh.dp), self.mesh.pp)
+        result = dict(zip(names, values.tolist(), strict=True))
+        return result | {"grad_norm": float(self.grad_norm), "tokens": float(self.num_tokens)}
+
+
+def train_step(
+    model: Transformer,
+    gradients: Gradients,
+    optimizer: AdamW,
+    batch: Batch,
+    loss_fn: LossFunction,
+    *,
+    schedule: Schedule,
+    count_fn: Callable[[Batch], torch.Tensor],
+    learning_rate: float,
+    max_grad_norm: float,
+    dropout_key: int | None = None,
+) -> StepResult:
+    """One step on this data-parallel rank's `batch` (tensors [B, ...], the same on its tp and pp ranks)."""
+    mesh = model.mesh
+    microbatches = split_batch(batch, schedule.num_microbatches, mesh=mesh, dropout_key=dropout_key)
+    num_tokens = all_reduce_(count_fn(batch).to(mesh.device).clone(), mesh.dp)
+    scale = 1.0 / num_tokens.clamp(min=1).to(torch.float64 if model.dtype == torch.float64 else torch.float32)
+    sums: dict[str, torch.Tensor] = {}
+
+    def scaled_loss(output: Any, microbatch: Microbatch) -> torch.Tensor:
+        loss_sum, _, metrics = loss_fn(output, microbatch.batch)
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0) + value.detach() * scale
+        return loss_sum * scale
+
+    gradients.start(len(microbatches))
+    losses = run_schedule(model, schedule, microbatches, scaled_loss, train=True)
+    gradients.finish()
+    grad_norm = global_norm(gradients.counted_slices(), mesh)
+    optimizer.step(
+        learning_rate=learning_rate,
+        grad_divisor=clip_divisor(grad_norm, max_grad_norm),
+        is_bad=1.0 - torch.isfinite(grad_norm).float(),
+    )
+    loss_sum = torch.stack(losses).sum() if losses else torch.zeros((), device=mesh.device)
+    return StepResult(loss_sum, sums, num_tokens, grad_norm, mesh)
+
+
+def split_batch(
+    batch: Batch, num_microbatches: int, *, mesh: Mesh, dropout_key: int | None = None
+) -> Sequence[Microbatch]:
+    """The rank's batch as equal microbatches on the mesh's device, in order."""
+    size = batch["input_ids"].size(0)
+    if size % num_microbatches:
+        raise ValueError(f"a batch of {size} sequences does not split into {num_microbatches} equal microbatches")
+    batch = {name: tensor.to(mesh.device, non_blocking=True) for name, tensor in batch.items()}
+    if "sample_ids" not in batch:
+        batch["sample_ids"] = mesh.dp.rank * size + torch.arange(size, device=mesh.device)
+    parts = {name: tensor.chunk(num_microbatches) for name, tensor in batch.items()}
+    microbatches = []
+    for index in range(num_microbatches):
+        part = {name: chunks[index] for name, chunks in parts.items()}
+        positions = part.get("position_ids")
+        context = TokenContext(
+            batch_size=part["input_ids"].size(0),
+            seq_length=part["input_ids"].size(1),
+            position_ids=None if positions is None else positions.reshape(-1),
+            dropout=None
+            if dropout_key is None
+            else Dropout(key=dropout_key, sample_ids=part["sample_ids"]),
+        )
+        microbatches.append(Microbatch(index=index, batch=part, context=context))
+    return microbatches
+
+
+def dropout_key(seed: int, step: int) -> int:
+    """The key of all dropout masks of one step."""
+    return random.key(seed, "dropout", step)
