@@ -1,1 +1,1 @@
-"""."""
+"""The console command `megallm`: one file a sub-command."""

@@ -1,1 +1,1 @@
-"""."""
+"""Configs as frozen dataclasses, their flags, presets and rules."""

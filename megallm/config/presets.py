@@ -81,6 +81,21 @@ def gpt2(hidden_size: int = 768, num_hidden_layers: int = 12, num_attention_head
     )
 
 
+def nanogpt_char() -> ModelConfig:
+    """nanoGPT's character-level model for a CPU (`config/train_shakespeare_char.py` with its README's flags): 0.8 M
+    parameters, 65 characters, context 64, no biases in the projections (its layernorms have none either; ours do)."""
+    return gpt2_style(
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=65, max_positions=64
+    ).replace(
+        hidden_act="gelu",
+        attention_bias=False,
+        attention_out_bias=False,
+        mlp_bias=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
 def gpt3(hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> ModelConfig:
     """GPT-3, with dense attention in every layer; the paper alternates dense and banded sparse layers."""
     return gpt2_style(
@@ -229,6 +244,7 @@ def mistral_7b() -> ModelConfig:
 
 _PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "tiny": tiny,
+    "nanogpt-char": nanogpt_char,
     "gpt2": gpt2,
     "gpt2-medium": partial(gpt2, 1024, 24, 16),
     "gpt2-large": partial(gpt2, 1280, 36, 20),

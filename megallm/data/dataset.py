@@ -5,8 +5,9 @@
     window 1                 [t5 t6 t7 t8]               neighbours share one token: each token is a label once
 
 Documents follow each other in the stream, each ended by the tokenizer's end mark; windows do not care where they end.
-Each epoch visits all windows once, in its own permutation, and starts them at its own random offset below S: over
+Each epoch visits all windows once, in its own permutation, and starts them at its own random offset below 2 S: over
 the epochs a token is seen at every place of a window, as with random offsets, yet no token is drawn twice in an epoch.
+(The price: up to 2 S - 2 tokens at the two ends of the stream are left out of an epoch, others each time.)
 Offset and permutation are functions of (seed, epoch), so sample i is known without the samples before it.
 
 S: seq_length.
@@ -83,7 +84,8 @@ class TokenDataset:
             )
         self.seq_length = seq_length
         self._tokens, self._seed, self._stream, self._shuffle = tokens, seed, stream, shuffle
-        # Every epoch has the same number of windows, whatever its offset: those that fit at the largest offset, S - 1.
+        # Every epoch has the same number of windows, with room left for at least S different offsets (S - 1 tokens), so
+        # that over the epochs every token is a label, the last ones too.
         self.num_samples = (len(tokens) - 1) // seq_length
         if shuffle:
             self.num_samples = max(1, (len(tokens) - seq_length) // seq_length)
@@ -98,11 +100,11 @@ class TokenDataset:
         return cls(tokens, seq_length=seq_length, seed=seed, stream=stream, shuffle=shuffle, name=name)
 
     def epoch_offset(self, epoch: int) -> int:
-        """The token at which the first window of an epoch starts, 0 <= offset < S."""
+        """The token at which the first window of an epoch starts, 0 <= offset < 2 S - 1: any that leaves room."""
         if not self._shuffle:
             return 0
         slack = len(self._tokens) - 1 - self.num_samples * self.seq_length
-        return hash_ints(self._seed, self._stream, epoch, _OFFSET) % min(self.seq_length, slack + 1)
+        return hash_ints(self._seed, self._stream, epoch, _OFFSET) % (slack + 1)
 
     def window_start(self, index: int) -> int:
         """The position in the stream of the first token of sample `index`."""

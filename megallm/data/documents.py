@@ -5,8 +5,8 @@
     PREFIX        already tokenised: PREFIX.bin and PREFIX.idx
     (nothing)     the embedded corpus
 
-A piece is a document or a part of one, cut before the first character of a line, so that a file of any size is read
-and tokenised a piece at a time. Text is taken as it is: no character is changed, newlines neither.
+A piece is a document or a part of one, cut where a line ends, so that a file of any size is read and tokenised a piece
+at a time. Text is taken as it is: no character is changed, newlines neither.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import codecs
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from megallm.data.indexed import indexed_files
 
 PIECE_CHARACTERS = 1 << 16
 _EXTENSIONS = (".txt", ".jsonl")
+_CUT = re.compile(r"(?<=[^\W_])(?=[\r\n])|(?<=\S\n)(?=\S)")
+"""Between a letter or digit and a newline, or after a single newline: where no word of GPT-2's splitting (which keeps
+blanks together) or of its successors' (cl100k, Llama 3, Qwen: newlines belong to the punctuation before) is cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +137,7 @@ def _document_pieces(chunks: Iterable[tuple[str, int]], *, cut: bool) -> Iterato
     held: list[str] = []
     position = 0
     for chunk, position in chunks:
-        at = _last_line_start(chunk) if cut else 0
+        at = _last_cut(chunk) if cut else 0
         if at:
             yield Piece(text="".join(held) + chunk[:at], ends_document=False, position=position)
             held = [chunk[at:]]
@@ -143,13 +147,12 @@ def _document_pieces(chunks: Iterable[tuple[str, int]], *, cut: bool) -> Iterato
         yield Piece(text="".join(held), ends_document=True, position=position)
 
 
-def _last_line_start(text: str) -> int:
-    """Index of the last character that follows a newline and is not blank, 0 if there is none."""
-    end = len(text)
-    while (newline := text.rfind("\n", 0, end)) >= 0:
-        if newline + 1 < len(text) and not text[newline + 1].isspace():
-            return newline + 1
-        end = newline
+def _last_cut(text: str) -> int:
+    """Index of the last place where `text` may be cut, 0 if there is none."""
+    for start in (max(0, len(text) - 2048), 0):
+        places = [match.start() for match in _CUT.finditer(text, start)]
+        if places:
+            return places[-1]
     return 0
 
 

@@ -5,6 +5,7 @@ half a hash of the other, in turns, modulo a or b: each step can be undone, so t
 result outside 0..n-1 is sent through again until it falls inside, which keeps it one-to-one ("cycle walking", Black
 and Rogaway 2002); the grid has fewer than n + a cells, so that is rare.
 
+Of a handful of elements not all orders are equally likely, which does not matter for samples.
 Integer arithmetic only: the order is the same on every machine and with every version of every library.
 """
 
@@ -15,7 +16,8 @@ from math import isqrt
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _HALF_ROUNDS = 4
-"""Rounds on each half. Three are enough to make permutations of 3 to 6 elements pass a chi-squared test; one more."""
+"""Rounds on each half. With four, fixed points and neighbours that stay neighbours are as frequent as by chance (600
+permutations of 100, 1,000 and 5,000 elements, within 2 sigma); with two, neighbours are not (over 20 sigma)."""
 
 
 def hash_ints(*values: int) -> int:
@@ -27,7 +29,7 @@ def hash_ints(*values: int) -> int:
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """The image of `index` under a permutation of range(size) that `key` chooses. About 10 microseconds."""
+    """The image of `index` under a permutation of range(size) that `key` chooses. Takes tens of microseconds."""
     if not 0 <= index < size:
         raise ValueError(f"index {index} is not in a permutation of {size}")
     columns = isqrt(size - 1) + 1

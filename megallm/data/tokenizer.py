@@ -27,7 +27,7 @@ _EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
 """What published tokenizers call their marks; tried in this order where no file beside tokenizer.json names them."""
 _MIN_BPE_VOCAB = 257
-_LINE_CUTS = (("ab.\n", "Cd"), ("def f():\n", "class"), ("1\n\n", "2"), (")\n", "("), ("a \n", "\u00e9"))
+_LINE_CUTS = (("ab", "\r\nCd"), ("12", "\n  3"), ("def f():\n", "class"), (")\n", "("), ("a.\n", "\u00e9"))
 
 
 class Tokenizer:
@@ -113,8 +113,8 @@ class Tokenizer:
         return hashlib.sha256(f"{self.eos_id}\n{self._inner.to_str()}".encode()).hexdigest()
 
     def can_cut_at_lines(self) -> bool:
-        """Whether ids of text cut before the first character of a line are the ids of the whole (tried on samples):
-        true of byte-level BPE, not of tokenizers that put a mark at the start of every text."""
+        """Whether text cut where `documents.read_pieces` cuts has the ids of the whole (tried on samples): true of
+        byte-level BPE, not of tokenizers that put a mark at the start of every text."""
         try:
             return all(
                 self.encode(before + after, add_special_tokens=False)

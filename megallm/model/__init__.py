@@ -1,1 +1,1 @@
-"""."""
+"""The transformer as one rank holds it."""

@@ -30,7 +30,9 @@ class Dropout:
     sample_ids: torch.Tensor
     """[B] int64, global number of each sequence."""
 
-    def hidden(self, x: torch.Tensor, drop: float, *, layer: int, place: str, first_token: int, seq_length: int) -> torch.Tensor:  # fmt: skip
+    def hidden(
+        self, x: torch.Tensor, drop: float, *, layer: int, place: str, first_token: int, seq_length: int
+    ) -> torch.Tensor:
         """x [n, H] = tokens first_token .. first_token+n-1 of the microbatch, with dropped elements zeroed."""
         token = torch.arange(first_token, first_token + x.size(0), device=x.device)
         token = self.sample_ids[token // seq_length] * seq_length + token % seq_length
@@ -60,6 +62,8 @@ class TokenContext:
     """S."""
     position_ids: torch.Tensor | None = None
     """[T] int64; None = 0 .. S-1 in every sequence."""
+    num_positions: int | None = None
+    """All position_ids are below this; None = below max_position_embeddings."""
     dropout: Dropout | None = None
     """None = no dropout (evaluation, or all rates 0)."""
     cache: Cache | None = None

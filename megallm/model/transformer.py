@@ -83,9 +83,7 @@ class Stage(nn.Module):
             weight = tied_to if tied_to is not None else factory.vocab("model.embed_tokens.weight", tied=True)
         else:
             weight = factory.vocab("lm_head.weight", tied=False)
-        self.lm_head = ColumnLinear(
-            weight, None, tp=factory.mesh.tp, sequence_parallel=factory.sequence_parallel
-        )
+        self.lm_head = ColumnLinear(weight, None, tp=factory.mesh.tp, sequence_parallel=factory.sequence_parallel)
 
     def forward(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor | VocabLogits:
         """x: token ids [T] (first stage) or hidden states [T', H].
@@ -96,8 +94,8 @@ class Stage(nn.Module):
             x = self._embed(x, context)
         rotary = None
         if self._rotary is not None:
-            longest = context.seq_length if context.position_ids is None else self.config.max_position_embeddings
-            rotary = self._rotary.lookup(context, longest)
+            given = context.num_positions or self.config.max_position_embeddings
+            rotary = self._rotary.lookup(context, context.seq_length if context.position_ids is None else given)
         for block in self.layers.values():
             if self._recompute_layers and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, rotary, use_reentrant=False, preserve_rng_state=False)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 _SHOWN = ("step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_s", "step_time_s", "mfu", "memory_gib")
-"""Metrics with a column of their own, or (tokens, memory_gib) left to the metrics file; any other is added at the end."""
+"""Metrics with a column of their own, or (tokens, memory_gib) left to the file; any other is added at the end."""
 
 
 class Console:

@@ -39,7 +39,9 @@ _STYLE = {
 }
 
 
-def plot_loss(metrics: PathLike | Sequence[PathLike] | Mapping[str, PathLike], out_png: PathLike, *, title: str = "") -> None:
+def plot_loss(
+    metrics: PathLike | Sequence[PathLike] | Mapping[str, PathLike], out_png: PathLike, *, title: str = ""
+) -> None:
     """Draw one or several runs to `out_png`. `metrics`: a file, several, or {name of the run: file}.
 
     Raises ValueError when no line of a file has a loss or when matplotlib is not installed, FileNotFoundError when a
@@ -128,7 +130,8 @@ def _draw_run(loss_axes: Axes, norm_axes: Axes, rate_axes: Axes, run: _Run, name
         loss_axes.plot(valid_steps, valid_losses, "o", color=valid_color, markersize=5, markeredgecolor="white",
                        markeredgewidth=0.9, zorder=4, clip_on=False, label=f"{prefix}validation")  # fmt: skip
     norm_axes.plot(*run.column("grad_norm"), color=color if name else _COLORS[5], linewidth=0.8)
-    rate_axes.plot(*run.column("learning_rate"), color=color if name else _COLORS[2], linewidth=1.4, linestyle=(0, (4, 2)))
+    rate_color = color if name else _COLORS[2]
+    rate_axes.plot(*run.column("learning_rate"), color=rate_color, linewidth=1.4, linestyle=(0, (4, 2)))
 
 
 def _label(loss_axes: Axes, norm_axes: Axes, rate_axes: Axes) -> None:

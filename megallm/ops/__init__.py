@@ -1,1 +1,1 @@
-"""."""
+"""Fused operations: each with a reference that is its specification."""

@@ -1,7 +1,7 @@
 """MLP activations; the gated ones take the packed [gate | up] projection and save nothing else.
 
-    gated:    y = act(gate) * up          (Shazeer, "GLU variants improve Transformer", arXiv 2002.05202)
-    plain:    y = act(up)
+gated:    y = act(gate) * up          (Shazeer, "GLU variants improve Transformer", arXiv 2002.05202)
+plain:    y = act(up)
 """
 
 from __future__ import annotations

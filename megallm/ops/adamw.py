@@ -1,7 +1,7 @@
 """AdamW with decoupled weight decay (Loshchilov, Hutter, arXiv 1711.05101, algorithm 2) on flat tensors.
 
-    m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
-    p <- p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
+p <- p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 """
 
 from __future__ import annotations

@@ -53,9 +53,7 @@ def attention(
     return out.transpose(1, 2).reshape(out.size(0), out.size(2), -1)
 
 
-def causal_mask(
-    num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device
-) -> torch.Tensor:
+def causal_mask(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
     """[S, L] bool: query i (aligned to the end) sees key j when j <= i and i - j < sliding_window."""
     i = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
     j = torch.arange(num_keys, device=device).unsqueeze(0)

@@ -1,1 +1,1 @@
-"""."""
+"""Gradient buckets, clipping, the optimizer and its learning rate."""

@@ -59,7 +59,8 @@ class Gradients:
         grad_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         entries = [
-            Entry(name=n, numel=p.numel(), weight_decay=model.specs[n].weight_decay) for n, p in self._parameters.items()
+            Entry(name=n, numel=p.numel(), weight_decay=model.specs[n].weight_decay)
+            for n, p in self._parameters.items()
         ]
         plan = plan_buckets(entries, bucket_size=bucket_size)
         self.buckets = [BucketBuffers(bucket, self._parameters, grad_dtype) for bucket in plan]

@@ -31,7 +31,9 @@ class AdamW:
         """One update; gradients are divided by the 0-d `grad_divisor`; nothing changes where 0-d `is_bad` is 1."""
         c = self._config
         for decayed in (True, False):
-            parts = [self._part(tensors, decayed) for tensors in (self.master, self._grads, self.exp_avg, self.exp_avg_sq)]
+            parts = [
+                self._part(tensors, decayed) for tensors in (self.master, self._grads, self.exp_avg, self.exp_avg_sq)
+            ]
             steps = self._steps[: len(self.master)] if decayed else self._steps[len(self.master) :]
             live = [i for i, part in enumerate(parts[0]) if part.numel()]
             params, grads, exp_avgs, exp_avg_sqs = ([part[i] for i in live] for part in parts)

@@ -88,6 +88,17 @@ def broadcast_(x: torch.Tensor, axis: Axis, *, src: int) -> torch.Tensor:
     return x
 
 
+def broadcast_text(text: str, axis: Axis, device: torch.device, *, src: int) -> str:
+    """The text of the axis's place `src` on every rank."""
+    if axis.size == 1:
+        return text
+    data = torch.tensor(list(text.encode()), dtype=torch.int64, device=device)
+    length = broadcast_(torch.tensor([data.numel()], device=device), axis, src=src)
+    if axis.rank != src:
+        data = torch.zeros(int(length), dtype=torch.int64, device=device)
+    return bytes(broadcast_(data, axis, src=src).tolist()).decode()
+
+
 def barrier(axis: Axis, device: torch.device) -> None:
     """Returns when every rank of the axis has called it."""
     all_reduce_(torch.zeros(1, device=device), axis)

@@ -1,4 +1,4 @@
-"""Tensor-parallel linear layers (Shoeybi et al., arXiv 1909.08053, section 3; with sequence parallelism arXiv 2205.05198).
+"""Tensor-parallel linear layers (arXiv 1909.08053, section 3; with sequence parallelism arXiv 2205.05198).
 
     column:  W [out, in] cut along out    X [T, in]    ->  Y [T, out/tp]     a sharded region begins
     row:     W [out, in] cut along in     Y [T, in/tp] ->  Z [T, out]        it ends: partial products are summed

@@ -96,7 +96,7 @@ class Mesh:
             name: _own_axis(name, _lines(grid, dim), rank, recorder)
             for dim, name in enumerate(("pp", "dp", "cp", "tp"))
         }
-        endpoints = [(line[0], line[-1]) if pp > 1 else (line[0],) for line in _lines(grid, 0)]
+        endpoints: list[tuple[int, ...]] = [(line[0], line[-1]) if pp > 1 else (line[0],) for line in _lines(grid, 0)]
         embedding = _own_axis("embedding", endpoints, rank, recorder)
         world = _own_axis("world", [members], rank, recorder)
         where = torch.device(device) if device is not None else torch.device("cpu")
@@ -141,5 +141,3 @@ def _new_group(line: tuple[int, ...]) -> dist.ProcessGroup | None:
     if line == tuple(range(dist.get_world_size())):
         return dist.group.WORLD
     return dist.new_group(list(line))
-
-

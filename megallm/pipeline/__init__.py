@@ -1,1 +1,1 @@
-"""."""
+"""Pipeline schedules as data, and the runtime that executes any of them."""

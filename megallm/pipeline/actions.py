@@ -19,7 +19,7 @@ KINDS: tuple[Kind, ...] = ("F", "B")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Action:
-    """One forward (`F`) or backward (`B`) of one stage on one microbatch. `str` gives `2F0`: stage 2, F, microbatch 0."""
+    """One forward (`F`) or backward (`B`) of a stage on a microbatch. `str` gives `2F0`: stage 2, F, microbatch 0."""
 
     kind: Kind
     stage: int

@@ -22,8 +22,8 @@ def bubble_formula(name: str, *, pp: int, virtual_stages: int, num_microbatches:
 def peak_live_formula(name: str, *, pp: int, virtual_stages: int, num_microbatches: int, rank: int) -> int:
     """Most chunk-microbatches whose activations this rank holds at once (divide by v for whole-rank microbatches).
 
-    gpipe: v m. 1f1b: p - r. interleaved: 2 (p - r - 1) + (v - 1) p + 1, which on rank 0 is v p (1 + (p - 1) / (p v)), the
-    factor of arXiv 2205.05198, section 4.2.3. Never more than v m.
+    gpipe: v m. 1f1b: p - r. interleaved: 2 (p - r - 1) + (v - 1) p + 1, which on rank 0 is
+    v p (1 + (p - 1) / (p v)), the factor of arXiv 2205.05198, section 4.2.3. Never more than v m.
     """
     every = virtual_stages * num_microbatches
     if name == "gpipe":

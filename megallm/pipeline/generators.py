@@ -76,7 +76,7 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def interleaved(num_ranks: int, virtual_stages: int, num_microbatches: int) -> Schedule:
-    """Megatron's depth-first interleaved 1F1B (SC21, section 2.2.2): num_ranks microbatches go through chunk after chunk.
+    """Megatron's depth-first interleaved 1F1B (SC21, section 2.2.2): num_ranks microbatches pass chunk after chunk.
 
     Rank r first runs 2 (pp - r - 1) + (v - 1) pp forwards of chunks, then one forward and one backward in turn. With
     one virtual stage there is nothing to interleave and the order is 1F1B's.

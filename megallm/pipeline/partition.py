@@ -53,9 +53,9 @@ def _balanced(num_layers: int, num_stages: int, embedding_cost: float, head_cost
     """
     if num_stages > num_layers:
         raise ValueError(
-            f"pp * virtual_stages ({num_stages} stages) is more than num_hidden_layers ({num_layers}): every stage needs "
-            f"a layer: use pp * virtual_stages of 1 to {num_layers}, or pipeline_partition with an empty first or last "
-            "stage"
+            f"pp * virtual_stages ({num_stages} stages) is more than num_hidden_layers ({num_layers}): every stage "
+            f"needs a layer: use pp * virtual_stages of 1 to {num_layers}, or pipeline_partition with an empty "
+            "first or last stage"
         )
     counts = [1] * num_stages
     extra = [0.0] * num_stages

@@ -89,7 +89,8 @@ class _Player:
         """What the rank waits for, in words."""
         slot = self.slots[rank]
         messages = []
-        for message, lacks in zip(self.ranks[rank][slot].batch, self._unmatched(rank, self.ranks[rank][slot])):
+        step = self.ranks[rank][slot]
+        for message, lacks in zip(step.batch, self._unmatched(rank, step), strict=True):
             if lacks:
                 messages.append(f"to send {message}" if message.src == rank else f"to receive {message}")
         return f"rank {rank}, slot {slot} waits {' and '.join(messages)}"
@@ -130,7 +131,7 @@ class _Player:
             is_send = message.src == rank
             pair = (message.src, message.dst)
             queue, other = (self.sends, self.receives) if is_send else (self.receives, self.sends)
-            index = len(queue[pair]) - 1 - later[(*pair, is_send)]
-            later[(*pair, is_send)] += 1
+            index = len(queue[pair]) - 1 - later[pair[0], pair[1], is_send]
+            later[pair[0], pair[1], is_send] += 1
             lacks.append(index >= len(other[pair]))
         return lacks[::-1]

@@ -1,1 +1,1 @@
-"""."""
+"""Predictions of memory, communication and time (nothing here yet)."""

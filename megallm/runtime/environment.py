@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megallm.data.cache import default_cache_dir
+
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -64,3 +66,8 @@ def _integer(env: Mapping[str, str], name: str) -> int:
         return int(env[name])
     except ValueError:
         raise ValueError(f"{name} is {env[name]!r}, not a whole number: start ranks with torchrun") from None
+
+
+def user_cache_dir() -> Path:
+    """Where tokenised data is kept unless a run says otherwise."""
+    return default_cache_dir(os.environ, Path.home())

@@ -9,6 +9,9 @@
 
     if __name__ == "__main__":
         run_main(main)
+
+Under torchrun every rank runs this. torchrun itself always ends with exit code 1 and a report of its own, which names
+the rank that failed and points to what that rank has said.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tolerances that follow from the arithmetic, so that none is ever widened until a test passes.
 
-A result of n roundings of relative size eps, on numbers of a given magnitude, is off by about eps * magnitude * sqrt(n):
-the errors add up like a random walk (Higham, Accuracy and Stability of Numerical Algorithms, section 2.8). The largest
-error of many elements lies a few standard deviations out, hence the factor `SIGMAS`.
+A result of n roundings of relative size eps, on numbers of a given magnitude, is off by about
+eps * magnitude * sqrt(n): the errors add up like a random walk (Higham, Accuracy and Stability of Numerical Algorithms,
+section 2.8). The largest error of many elements lies a few standard deviations out, hence the factor `SIGMAS`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,5 @@ def assert_close(
     largest = wide.abs().max().item() if magnitude is None else magnitude
     allowed = tolerance(dtype, magnitude=largest, terms=terms)
     if not error <= allowed:  # so that NaN fails
-        raise AssertionError(
-            f"{label} off by {error:.3e}, allowed {allowed:.3e} ({dtype}, magnitude {largest:.3e}, {terms} terms)".strip()
-        )
+        why = f"{dtype}, magnitude {largest:.3e}, {terms} terms"
+        raise AssertionError(f"{label} off by {error:.3e}, allowed {allowed:.3e} ({why})".strip())

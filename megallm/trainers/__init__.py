@@ -1,1 +1,1 @@
-"""."""
+"""The step, the loop, the losses, and one file a trainer."""

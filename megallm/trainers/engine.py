@@ -10,15 +10,20 @@ It needs no command line, no config file and no global; two engines (an actor an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from megallm.checkpoint import sharded
+from megallm.checkpoint.sharded import TrainState
 from megallm.config.model import ModelConfig
 from megallm.config.optim import OptimConfig
 from megallm.config.parallel import ParallelConfig, ScheduleName
+from megallm.generate.decode import generate
+from megallm.generate.sampling import Sampling
 from megallm.model.transformer import Recompute, Transformer
 from megallm.optim.gradients import Gradients
 from megallm.optim.optimizer import AdamW
@@ -62,9 +67,7 @@ class Engine:
         self.model = Transformer(
             config,
             mesh,
-            partition=partition_layers(
-                config.num_hidden_layers, self.num_stages, explicit=parallel.pipeline_partition
-            ),
+            partition=partition_layers(config.num_hidden_layers, self.num_stages, explicit=parallel.pipeline_partition),
             dtype=DTYPES[precision],
             sequence_parallel=parallel.sequence_parallel,
             recompute=recompute,
@@ -108,18 +111,51 @@ class Engine:
         return result
 
     @torch.no_grad()
-    def forward(self, batch: Batch, fn: Callable[[Any, Batch], Any]) -> list[Any]:
+    def forward(self, batches: Batch | Sequence[Batch], fn: Callable[[Any, Batch], Any]) -> list[Any]:
         """`fn(output, microbatch)` for each microbatch, where `output` is the last stage's VocabLogits or values.
 
-        No gradients, no dropout. Results in order on the last pipeline rank, an empty list elsewhere. A collective.
+        One batch is cut into microbatches of micro_batch_size; several are taken as microbatches as they are, each
+        [B, S] of its own. No gradients, no dropout. Results in order on the last pipeline rank, an empty list
+        elsewhere. A collective over tp and pp.
         """
-        count = self._num_microbatches(batch)
-        microbatches = split_batch(batch, count, mesh=self.mesh)
+        if isinstance(batches, dict):
+            microbatches = split_batch(batches, self._num_microbatches(batches), mesh=self.mesh)
+        else:
+            parts = [split_batch(batch, 1, mesh=self.mesh)[0] for batch in batches]
+            microbatches = [replace(part, index=index) for index, part in enumerate(parts)]
+        if not microbatches:
+            return []
 
         def call(output: Any, microbatch: Microbatch) -> Any:
             return fn(output, microbatch.batch)
 
-        return run_schedule(self.model, self._forward_schedule(count), microbatches, call, train=False)
+        schedule = forward_only(self.mesh.pp.size, self._virtual_stages, len(microbatches))
+        return run_schedule(self.model, schedule, microbatches, call, train=False)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling | None = None
+    ) -> list[list[int]]:
+        """New token ids of each prompt (all prompts on every rank), on every rank. A collective.
+
+        dp ranks share the prompts; a sample depends on (seed, prompt's place, position), not on the layout.
+        """
+        return generate(self.model, prompts, max_new_tokens=max_new_tokens, sampling=sampling or Sampling())
+
+    def save(self, directory: str, *, consumed_samples: int = 0, tokens: int = 0, keep: int = 0) -> None:
+        """Writes `directory`/step-N: weights, optimizer state, shape. A collective."""
+        state = TrainState(step=self.step, consumed_samples=consumed_samples, tokens=tokens)
+        sharded.save(directory, self.model, self.optimizer, state, keep=keep)
+
+    def load(self, directory: str, *, weights_only: bool = False) -> TrainState:
+        """Takes over the newest checkpoint in `directory`, saved at any layout; ValueError if none. A collective."""
+        found = sharded.latest(directory)
+        if found is None:
+            raise ValueError(f"no complete checkpoint in {directory}")
+        state = sharded.load(found, self.model, None if weights_only else self.optimizer)
+        if weights_only and self.optimizer is not None:
+            self.optimizer.refresh_master()
+        self.step = 0 if weights_only else state.step
+        return state
 
     def _num_microbatches(self, batch: Batch) -> int:
         size = batch["input_ids"].size(0)
@@ -131,9 +167,6 @@ class Engine:
 
     def _schedule(self, num_microbatches: int) -> Schedule:
         return _validated(self._schedule_name, self.mesh.pp.size, self._virtual_stages, num_microbatches)
-
-    def _forward_schedule(self, num_microbatches: int) -> Schedule:
-        return forward_only(self.mesh.pp.size, self._virtual_stages, num_microbatches)
 
 
 @lru_cache(maxsize=16)

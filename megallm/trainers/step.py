@@ -22,7 +22,7 @@ from megallm.optim.clip import clip_divisor, global_norm
 from megallm.optim.gradients import Gradients
 from megallm.optim.optimizer import AdamW
 from megallm.parallel import random
-from megallm.parallel.collectives import all_reduce_
+from megallm.parallel.collectives import all_reduce_, broadcast_text
 from megallm.parallel.mesh import Mesh
 from megallm.pipeline.runtime import Microbatch, run_schedule
 from megallm.pipeline.schedule import Schedule
@@ -42,11 +42,17 @@ class StepResult:
     grad_norm: torch.Tensor
     """0-d: global gradient norm before clipping."""
     mesh: Mesh
+    last_stage_rank: int
+    """Pipeline rank of the last stage."""
 
     def metrics(self) -> dict[str, float]:
         """`loss`, `grad_norm`, `tokens` and the loss's own metrics, of the whole job. A collective with a host sync."""
-        names = ["loss", *sorted(self.sums)]
-        values = torch.stack([self.loss_sum.double(), *(self.sums[n].double() for n in sorted(self.sums))])
+        # Only the last stage saw the loss function's metrics: the others learn their names from it.
+        own = "\n".join(["loss", *sorted(self.sums)])
+        names = broadcast_text(own, self.mesh.pp, self.mesh.device, src=self.last_stage_rank).split("\n")
+        sums = {"loss": self.loss_sum} | self.sums
+        zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        values = torch.stack([sums[n].double() if n in sums else zero for n in names])
         values = all_reduce_(all_reduce_(values, self.mesh.dp), self.mesh.pp)
         result = dict(zip(names, values.tolist(), strict=True))
         return result | {"grad_norm": float(self.grad_norm), "tokens": float(self.num_tokens)}
@@ -88,7 +94,7 @@ def train_step(
         is_bad=1.0 - torch.isfinite(grad_norm).float(),
     )
     loss_sum = torch.stack(losses).sum() if losses else torch.zeros((), device=mesh.device)
-    return StepResult(loss_sum, sums, num_tokens, grad_norm, mesh)
+    return StepResult(loss_sum, sums, num_tokens, grad_norm, mesh, schedule.stage_to_rank[-1])
 
 
 def split_batch(
@@ -110,9 +116,7 @@ def split_batch(
             batch_size=part["input_ids"].size(0),
             seq_length=part["input_ids"].size(1),
             position_ids=None if positions is None else positions.reshape(-1),
-            dropout=None
-            if dropout_key is None
-            else Dropout(key=dropout_key, sample_ids=part["sample_ids"]),
+            dropout=None if dropout_key is None else Dropout(key=dropout_key, sample_ids=part["sample_ids"]),
         )
         microbatches.append(Microbatch(index=index, batch=part, context=context))
     return microbatches

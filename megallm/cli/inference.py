@@ -1,0 +1,89 @@
+"""What the commands that run a model without training share: flags, checks, and the engine on its ranks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megallm.config.check import check_layout
+from megallm.config.parallel import ParallelConfig
+from megallm.parallel.mesh import Mesh, start_process_group
+from megallm.runtime.environment import launch_info
+from megallm.runtime.launch import device_for
+from megallm.trainers.engine import DTYPES, Engine
+from megallm.trainers.source import ModelSource, open_model
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model and the layout."""
+    parser.add_argument("--model", required=True, help="a Hugging Face model directory, or a checkpoint of ours")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
+    parser.add_argument("--virtual-stages", type=int, default=1, help="model chunks per pipeline rank")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="of weights and activations")
+    parser.add_argument("--tokenizer", help="a tokenizer.json or its directory; default: the one beside the model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceJob:
+    """A checked model and layout; `start` makes the ranks talk."""
+
+    source: ModelSource
+    parallel: ParallelConfig
+    precision: str
+    device: torch.device
+
+    def start(self) -> Engine:
+        """The engine with its weights loaded. A collective."""
+        info = launch_info()
+        start_process_group(rank=info.rank, world_size=info.world_size, device=self.device)
+        mesh = Mesh.build(tp=self.parallel.tp, pp=self.parallel.pp, device=self.device)
+        engine = Engine(self.source.config, mesh, parallel=self.parallel, precision=self.precision, train=False)
+        self.source.load_weights(engine)
+        return engine
+
+
+def open_job(args: argparse.Namespace) -> InferenceJob:
+    """The job that the flags ask for. ValueError or FileNotFoundError for what cannot run."""
+    source = open_model(args.model)
+    if source.path is None:
+        raise ValueError(f"--model {args.model} is a preset, which has no weights: give a directory that holds some")
+    parallel = ParallelConfig(tp=args.tp, pp=args.pp, virtual_stages=args.virtual_stages)
+    info = launch_info()
+    check_layout(source.config, parallel, info.world_size)
+    return InferenceJob(
+        source=source, parallel=parallel, precision=args.precision, device=device_for(info.local_rank)
+    )
+
+
+def read_jsonl(path: str, key: str) -> list[Any]:
+    """The value of `key` on each line of a .jsonl file; ValueError naming the line that has none."""
+    values = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        if not isinstance(row, Mapping) or key not in row:
+            raise ValueError(f"{path}, line {number}: no key {key!r} in it")
+        values.append(row[key])
+    if not values:
+        raise ValueError(f"{path} has no lines")
+    return values
+
+
+def write_jsonl(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line, written under a temporary name and renamed."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(target)

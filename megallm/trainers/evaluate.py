@@ -1,0 +1,86 @@
+"""Losses without training: of a validation set, and of single documents.
+
+Letters: B sequences, S positions, T tokens, D documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from megallm.parallel.collectives import all_reduce_
+from megallm.parallel.logprobs import IGNORE_INDEX, VocabLogits
+from megallm.trainers.engine import Engine
+from megallm.trainers.losses import Batch, language_model_loss
+
+
+def validation_loss(engine: Engine, batches: Iterable[Batch]) -> float:
+    """Mean cross-entropy, nats, over the labels of all batches and dp ranks. A collective over the whole mesh."""
+    totals = torch.zeros(2, dtype=torch.float64, device=engine.mesh.device)
+    for batch in batches:
+        for loss_sum, count, _ in engine.forward(batch, language_model_loss):
+            totals += torch.stack([loss_sum.double(), count.double()])
+    loss_sum, count = all_reduce_(all_reduce_(totals, engine.mesh.dp), engine.mesh.pp).tolist()
+    return loss_sum / count if count else float("nan")
+
+
+def score_documents(
+    engine: Engine, documents: Sequence[Sequence[int]], *, tokens_at_once: int = 4096
+) -> list[tuple[float, int]]:
+    """(summed negative log-likelihood in nats, scored tokens) of each document, each token given those before it.
+
+    Every document is alone in its row, so nothing else can influence it. dp ranks share the documents; the result is
+    on every rank. A collective.
+    """
+    config, mesh = engine.config, engine.mesh
+    for index, ids in enumerate(documents):
+        if ids and (min(ids) < 0 or max(ids) >= config.vocab_size):
+            raise ValueError(
+                f"document {index} has token id {max(ids)}, but the model's vocabulary has {config.vocab_size} ids"
+            )
+        if config.position_embedding == "learned" and len(ids) - 1 > config.max_position_embeddings:
+            raise ValueError(
+                f"document {index} has {len(ids)} tokens, but the model has learned {config.max_position_embeddings} "
+                "positions: split it"
+            )
+    order = sorted((i for i, ids in enumerate(documents) if len(ids) > 1), key=lambda i: len(documents[i]))
+    own = order[mesh.dp.rank :: mesh.dp.size]
+    rows = list(_batches(documents, own, tokens_at_once=tokens_at_once, multiple=mesh.tp.size))
+    sums = torch.zeros(len(documents), dtype=torch.float64, device=mesh.device)
+    results = engine.forward([batch for _, batch in rows], _row_losses)
+    for (members, _), losses in zip(rows, results, strict=False):
+        sums[torch.tensor(members, device=mesh.device)] = losses[: len(members)].double()
+    all_reduce_(all_reduce_(sums, mesh.dp), mesh.pp)
+    return [(total, max(len(ids) - 1, 0)) for total, ids in zip(sums.tolist(), documents, strict=True)]
+
+
+def _row_losses(logits: VocabLogits, batch: Batch) -> torch.Tensor:
+    """[B]: summed cross-entropy of each row."""
+    return logits.cross_entropy(batch["labels"]).sum(dim=1)
+
+
+def _batches(
+    documents: Sequence[Sequence[int]], order: Sequence[int], *, tokens_at_once: int, multiple: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """(document numbers, right-padded batch) of documents of similar length, S a multiple of `multiple`."""
+    members: list[int] = []
+    for index in order:
+        if members and (len(members) + 1) * len(documents[index]) > tokens_at_once:
+            yield members, _padded([documents[i] for i in members], multiple)
+            members = []
+        members.append(index)
+    if members:
+        yield members, _padded([documents[i] for i in members], multiple)
+
+
+def _padded(rows: Sequence[Sequence[int]], multiple: int) -> Batch:
+    longest = max(len(row) for row in rows) - 1
+    width = longest + -longest % multiple
+    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    labels = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids = torch.tensor(row)
+        input_ids[i, : len(row) - 1] = ids[:-1]
+        labels[i, : len(row) - 1] = ids[1:]
+    return {"input_ids": input_ids, "labels": labels}

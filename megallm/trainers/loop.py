@@ -1,0 +1,165 @@
+"""The training loop: batches in, steps, log lines, validation, checkpoints. The same for every trainer.
+
+Where a run stands is (step, consumed samples, tokens); the data of a step follows from the consumed samples, so a run
+that stops and resumes trains on exactly what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megallm.checkpoint import sharded
+from megallm.checkpoint.sharded import TrainState
+from megallm.config.hardware import find_gpu
+from megallm.config.run import RunConfig
+from megallm.model.counts import model_flops_per_token
+from megallm.monitor.console import Console
+from megallm.monitor.metrics import MetricsWriter
+from megallm.monitor.throughput import Throughput, memory_gib
+from megallm.optim.lr_schedule import learning_rate_at
+from megallm.trainers.engine import Engine
+from megallm.trainers.losses import Batch, LossFunction
+from megallm.trainers.step import StepResult
+
+
+class Loader(Protocol):
+    """Gives the batch that follows so many consumed samples."""
+
+    def batch(self, consumed_samples: int) -> Batch:
+        """This dp rank's part of the batch."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where a run's results go; nothing on ranks other than 0, nothing without a save directory."""
+
+    metrics: Path | None
+    checkpoints: Path | None
+    settings: dict[str, Any]
+    """The resolved run, stored in every checkpoint."""
+
+
+def train_loop(
+    engine: Engine,
+    run: RunConfig,
+    loader: Loader,
+    loss_fn: LossFunction,
+    *,
+    validate: Callable[[], float] | None,
+    state: TrainState,
+    outputs: Outputs,
+) -> TrainState:
+    """Trains from `state` to `run.train.steps`; returns where it ended. A collective."""
+    loop = _Loop(engine, run, validate, state, outputs)
+    for step in range(state.step, run.train.steps):
+        learning_rate = learning_rate_at(step, config=run.optim, total_steps=run.train.steps)
+        batch = loader.batch(loop.state.consumed_samples)
+        result = engine.train_step(batch, loss_fn, learning_rate=learning_rate)
+        loop.after_step(result, learning_rate)
+    loop.close()
+    return loop.state
+
+
+class _Loop:
+    """What happens between steps."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        run: RunConfig,
+        validate: Callable[[], float] | None,
+        state: TrainState,
+        outputs: Outputs,
+    ) -> None:
+        self._engine, self._run, self._validate, self._outputs = engine, run, validate, outputs
+        self.state = state
+        self._saved_step = state.step
+        self._pending: list[tuple[int, float, StepResult]] = []
+        is_writer = engine.mesh.world.rank == 0
+        self._writer = None
+        if is_writer and outputs.metrics is not None:
+            self._writer = MetricsWriter(outputs.metrics, resume_step=state.step)
+        self._console = None
+        if is_writer:
+            self._console = Console(total_steps=run.train.steps, log_every=run.train.log_every, min_interval_s=0.5)
+        self._throughput = _throughput(engine, run)
+
+    def after_step(self, result: StepResult, learning_rate: float) -> None:
+        """Counts the step; logs, validates and saves when due."""
+        train = self._run.train
+        consumed = self.state.consumed_samples + train.global_batch_size
+        self.state = replace(self.state, step=self.state.step + 1, consumed_samples=consumed)
+        step = self.state.step
+        self._pending.append((step, learning_rate, result))
+        is_last = step == train.steps
+        is_eval = self._validate is not None and (is_last or (train.eval_every and step % train.eval_every == 0))
+        is_save = bool(self._run.checkpoint.save_every) and step % self._run.checkpoint.save_every == 0
+        if is_last or is_eval or is_save or step % train.log_every == 0:
+            self._flush(with_validation=bool(is_eval))
+        if (is_last or is_save) and self._outputs.checkpoints is not None:
+            self._save()
+
+    def close(self) -> None:
+        """Ends the metrics file."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _flush(self, *, with_validation: bool) -> None:
+        """Reads the pending steps' numbers off the device: the only host sync of the loop."""
+        lines: list[dict[str, Any]] = []
+        trained = 0
+        for step, learning_rate, result in self._pending:
+            values = result.metrics()
+            trained += int(values.pop("tokens"))
+            lines.append(
+                {"step": step, **values, "learning_rate": learning_rate, "tokens": self.state.tokens + trained}
+            )
+        self.state = replace(self.state, tokens=self.state.tokens + trained)
+        lap = self._throughput.lap(tokens=trained, steps=len(lines))
+        memory = memory_gib(self._engine.mesh.device)
+        eta = self._throughput.eta_s(self._run.train.steps - self.state.step)
+        valid_loss = self._validate() if with_validation and self._validate is not None else None
+        self._throughput.start()
+        self._pending = []
+        for line in lines:
+            line |= {"step_time_s": lap.step_time_s, "tokens_per_s": lap.tokens_per_s, "mfu": lap.mfu}
+            line["memory_gib"] = memory
+            if valid_loss is not None and line["step"] == self.state.step:
+                line["valid_loss"] = valid_loss
+            if self._writer is not None:
+                self._writer.write(line)
+            if self._console is not None:
+                self._console.step(line, eta_s=eta)
+        if valid_loss is not None and self._console is not None:
+            self._console.validation(self.state.step, valid_loss)
+
+    def _save(self) -> None:
+        if self.state.step == self._saved_step:
+            return
+        assert self._outputs.checkpoints is not None
+        sharded.save(
+            self._outputs.checkpoints,
+            self._engine.model,
+            self._engine.optimizer,
+            self.state,
+            run_config=self._outputs.settings,
+            keep=self._run.checkpoint.keep,
+        )
+        self._saved_step = self.state.step
+        self._throughput.start()
+
+
+def _throughput(engine: Engine, run: RunConfig) -> Throughput:
+    mesh = engine.mesh
+    gpu = find_gpu(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
+    return Throughput(
+        flops_per_token=model_flops_per_token(engine.config, seq_length=run.train.seq_length),
+        peak_flops=None if gpu is None else gpu.peak_flops(run.train.precision),
+        num_devices=mesh.world.size,
+    )

@@ -1,0 +1,70 @@
+"""Where a model comes from: a preset's name, a Hugging Face directory, or a checkpoint of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megallm.checkpoint import sharded
+from megallm.checkpoint.huggingface import HFWeights, load_into
+from megallm.config.huggingface import model_config_from_hf, read_hf_config
+from megallm.config.model import ModelConfig
+from megallm.config.presets import get_preset
+from megallm.data.tokenizer import Tokenizer
+from megallm.trainers.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model's shape, and its weights and tokenizer where it has them."""
+
+    config: ModelConfig
+    kind: Literal["preset", "huggingface", "checkpoint"]
+    path: Path | None = None
+    """Directory of the weights; None = new weights."""
+    tokenizer_path: Path | None = None
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer beside the weights, if there is one."""
+        return None if self.tokenizer_path is None else Tokenizer.from_path(self.tokenizer_path)
+
+    def load_weights(self, engine: Engine) -> None:
+        """Fills the engine's model from the directory; leaves the initial weights where there is none."""
+        if self.path is None:
+            return
+        if self.kind == "checkpoint":
+            engine.load(str(self.path), weights_only=True)
+        else:
+            load_into(engine.model, self.path)
+            if engine.optimizer is not None:
+                engine.optimizer.refresh_master()
+
+
+def open_model(name: str, *, from_scratch: bool = False) -> ModelSource:
+    """The source that `--model name` means. Reads headers only.
+
+    ValueError or FileNotFoundError for an unknown preset, a missing directory, an unsupported architecture, or a
+    directory without weights.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        if "/" in name or path.exists():
+            raise FileNotFoundError(f"{name}: no such model directory; give one, or the name of a preset")
+        return ModelSource(config=get_preset(name), kind="preset")
+    checkpoint = sharded.latest(path)
+    if checkpoint is not None:
+        found = [p / "tokenizer.json" for p in (checkpoint, checkpoint.parent) if (p / "tokenizer.json").is_file()]
+        config = sharded.read_model_config(checkpoint)
+        weights = None if from_scratch else checkpoint
+        return ModelSource(config=config, kind="checkpoint", path=weights, tokenizer_path=found[0] if found else None)
+    config = model_config_from_hf(read_hf_config(path))
+    if not from_scratch:
+        HFWeights(path, config)  # every tensor's name and shape, from the files' headers
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    return ModelSource(
+        config=config,
+        kind="huggingface",
+        path=None if from_scratch else path,
+        tokenizer_path=path if has_tokenizer else None,
+    )

@@ -1,0 +1,130 @@
+"""Models, batches and layouts that several test files train: one `Case` is one run, named after what it varies.
+
+The models are awkward on purpose: a vocabulary that nothing divides, labels that are missing in very different
+numbers from sequence to sequence (in one sequence of each batch altogether), a clipped gradient, dropout, layers that
+do not divide over stages. The sequences count upwards in steps of 1 to 3, so that there is something to learn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megallm.config.model import ModelConfig
+from megallm.config.optim import OptimConfig
+from megallm.config.parallel import ParallelConfig, ScheduleName
+from megallm.model.transformer import Recompute
+from megallm.parallel.mesh import Mesh
+from megallm.testing.tiny import tiny_config
+from megallm.trainers.engine import Engine
+from megallm.trainers.losses import language_model_loss
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_STEPS = 20
+BATCH, SEQ, VOCAB = 8, 16, 101
+SEED = 7
+OPTIM = OptimConfig(learning_rate=1e-2, max_grad_norm=0.5, weight_decay=0.1)
+
+_SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+MODELS: dict[str, ModelConfig] = {
+    # Two query heads share a key/value head.
+    "llama_untied": tiny_config("llama", num_hidden_layers=4, num_key_value_heads=2, **_SMALL),
+    "gpt2_tied_dropout": tiny_config(
+        "gpt2", num_hidden_layers=4, num_key_value_heads=4, hidden_dropout=0.1, attention_dropout=0.1, **_SMALL
+    ),
+    # 5 layers: no pipeline divides them.
+    "qwen2_tied_uneven": tiny_config("qwen2", num_hidden_layers=5, num_key_value_heads=2, **_SMALL),
+    # One key/value head, which several tp ranks must hold; norms of q and k; head_dim is not hidden_size / heads.
+    "qwen3_untied_one_kv_head": tiny_config(
+        "qwen3", num_hidden_layers=3, num_key_value_heads=1, **(_SMALL | {"head_dim": 12})
+    ),
+}
+# For pp 4 x 2 virtual stages.
+MODELS["llama_untied_deep"] = MODELS["llama_untied"].replace(num_hidden_layers=8)
+MODELS["gpt2_tied_deep"] = MODELS["gpt2_tied_dropout"].replace(num_hidden_layers=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run: a model, a layout and what else must not matter."""
+
+    model: str
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    v: int = 1
+    sp: bool | None = None
+    schedule: ScheduleName | None = None
+    mbs: int = 4
+    recompute: Recompute = "none"
+    precision: str = "fp64"
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def name(self) -> str:
+        """Everything that is not the default, as a test's id."""
+        words = [self.model]
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                words.append(value if isinstance(value, str) else f"{field.name}{value}")
+        return "-".join(words)
+
+
+def make_engine(case: Case, **overrides: Any) -> Engine:
+    """The case's engine on this rank, fresh. A collective of the case's world."""
+    mesh = Mesh.build(tp=case.tp, pp=case.pp, dp=case.dp)
+    options: dict[str, Any] = {
+        "parallel": ParallelConfig(
+            tp=case.tp,
+            pp=case.pp,
+            virtual_stages=case.v,
+            schedule=case.schedule,
+            sequence_parallel=case.sp,
+            bucket_size=5000,  # several buckets a model
+        ),
+        "optim": OPTIM,
+        "micro_batch_size": case.mbs,
+        "precision": case.precision,
+        "recompute": case.recompute,
+        "seed": SEED,
+    }
+    return Engine(MODELS[case.model], mesh, **(options | overrides))
+
+
+def global_batch(step: int) -> dict[str, torch.Tensor]:
+    """input_ids and labels [BATCH, SEQ] of a step; sequence i lacks about i / 12 of its labels, one lacks all."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    first = torch.randint(0, VOCAB, (BATCH, 1), generator=generator)
+    stride = torch.randint(1, 4, (BATCH, 1), generator=generator)
+    ids = (first + stride * torch.arange(SEQ + 1)) % VOCAB
+    labels = ids[:, 1:].clone()
+    missing = torch.rand(BATCH, SEQ, generator=generator) < torch.arange(BATCH).unsqueeze(1) / 12
+    missing[step % BATCH] = True
+    return {"input_ids": ids[:, :-1].contiguous(), "labels": labels.masked_fill_(missing, -100)}
+
+
+def own_batch(step: int, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """This data-parallel rank's sequences."""
+    return {name: tensor.chunk(mesh.dp.size)[mesh.dp.rank] for name, tensor in global_batch(step).items()}
+
+
+def train(engine: Engine, first: int, stop: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the steps first .. stop-1."""
+    curve = []
+    for step in range(first, stop):
+        metrics = engine.train_step(own_batch(step, engine.mesh), language_model_loss).metrics()
+        curve.append((metrics["loss"], metrics["grad_norm"]))
+    return curve
+
+
+def train_cases(rank: int, world_size: int, cases: list[Case], steps: int) -> dict[str, list[tuple[float, float]]]:
+    """The curves of several cases, by name. To be run on `world_size` ranks."""
+    return {case.name: train(make_engine(case), 0, steps) for case in cases}
