@@ -1,0 +1,98 @@
+"""`megallm export`: writes a checkpoint as a directory that transformers opens.
+
+    megallm export runs/books out
+    megallm export runs/books/step-00002000 out --dtype bfloat16
+
+writes out/config.json, generation_config.json, the weights as safetensors and, where the checkpoint has a tokenizer,
+tokenizer.json with its tokenizer_config.json. `out` appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megallm.checkpoint import sharded
+from megallm.checkpoint.huggingface import HFWriter
+from megallm.config.model import ModelConfig
+from megallm.data.tokenizer import Tokenizer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_BESIDE_TOKENIZER = (_TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `run` reads."""
+    parser.add_argument("checkpoint", metavar="CKPT", help="a step-... directory, or the one that holds several")
+    parser.add_argument("out", metavar="OUT", help="directory to write; must not exist or be empty")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: that of the checkpoint)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the directory and says what is in it; returns 0.
+
+    FileNotFoundError if there is no complete checkpoint; ValueError if OUT is not empty, if transformers has no such
+    model, or if weights are missing.
+    """
+    checkpoint = sharded.latest(args.checkpoint)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{args.checkpoint} holds no complete checkpoint: give SAVE or SAVE/step-...")
+    model = sharded.read_model_config(checkpoint)
+    num_parameters = 0
+    with HFWriter(args.out, model, dtype=_DTYPES.get(args.dtype)) as writer:
+        files = _tokenizer_files(checkpoint, model)
+        for name, content in files.items():
+            writer.add_file(name, content)
+        for name, tensor in sharded.read_full_tensors(checkpoint):
+            writer.add(name, tensor)
+            num_parameters += tensor.numel()
+    tokenizer = "with its tokenizer" if files else "without a tokenizer, since the checkpoint has none"
+    print(f"{args.out}: {model.family} model of {num_parameters:,} parameters from {checkpoint}, {tokenizer}")
+    return 0
+
+
+def _tokenizer_files(checkpoint: Path, model: ModelConfig) -> dict[str, bytes]:
+    """Name and content of the tokenizer's files; none where there is no tokenizer beside or above the weights."""
+    folder = next((f for f in (checkpoint, checkpoint.parent) if (f / _TOKENIZER).is_file()), None)
+    if folder is None:
+        return {}
+    files = {_TOKENIZER: (folder / _TOKENIZER).read_bytes()}
+    files |= {name: (folder / name).read_bytes() for name in _BESIDE_TOKENIZER if (folder / name).is_file()}
+    if _TOKENIZER_CONFIG not in files:
+        config = _tokenizer_config(folder / _TOKENIZER, model)
+        files[_TOKENIZER_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+    return files
+
+
+def _tokenizer_config(path: Path, model: ModelConfig) -> dict[str, Any]:
+    """What AutoTokenizer needs beside a bare tokenizer.json: its class and its special tokens."""
+    tokenizer = Tokenizer.from_path(path)
+    vocabulary = json.loads(path.read_text(encoding="utf-8"))
+    tokens = _tokens_by_id(vocabulary)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    for name, given, found in (
+        ("bos_token", model.bos_token_id, tokenizer.bos_id),
+        ("eos_token", model.eos_token_id, tokenizer.eos_id),
+    ):
+        token = tokens.get(found if given is None else given)
+        if token is not None:
+            config[name] = token
+    return config
+
+
+def _tokens_by_id(vocabulary: dict[str, Any]) -> dict[int | None, str]:
+    """Id -> text of every token in the JSON of a tokenizer.json."""
+    words = vocabulary["model"]["vocab"]
+    pairs = words.items() if isinstance(words, dict) else ((word[0], i) for i, word in enumerate(words))  # unigram
+    added = ((token["content"], token["id"]) for token in vocabulary.get("added_tokens", []))
+    return {i: text for text, i in (*pairs, *added)}
