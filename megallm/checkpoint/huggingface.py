@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megallm.config.huggingface import model_config_to_hf
+from megallm.config.huggingface import model_config_to_hf, with_family_biases
 from megallm.config.model import ModelConfig
 from megallm.model.hf_names import base_prefix, canonical_parameters, hf_places, is_ignorable
 from megallm.model.transformer import Transformer
@@ -142,6 +142,7 @@ class HFWriter:
             for name, tensor in tensors:
                 writer.add(name, tensor)
 
+    Biases that the model lacks and transformers' models of its family always have are written as zeros.
     Keeps at most one shard in memory, and fused tensors whose parts have not all come. The directory appears under its
     name when everything is in it; after an error nothing is left.
     """
@@ -163,9 +164,9 @@ class HFWriter:
             raise ValueError(f"{self.directory} exists and is not empty: remove it, or write to another directory")
         model_config_to_hf(model)  # refuses what transformers cannot express, before anything is written
         self._model, self._dtype, self._max_shard_bytes = model, dtype, max_shard_bytes
-        self._shapes = canonical_parameters(model)
-        self._places = hf_places(model)
-        self._left = set(self._places)
+        self._shapes = canonical_parameters(with_family_biases(model))
+        self._places = hf_places(with_family_biases(model))
+        self._left = set(canonical_parameters(model))
         self._fused: dict[str, tuple[torch.Tensor, int]] = {}  # stored name -> tensor, elements still to come
         self._shard: dict[str, torch.Tensor] = {}
         self._weight_map: dict[str, int] = {}  # stored name -> shard
@@ -191,21 +192,16 @@ class HFWriter:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Takes a copy of the whole global parameter `name`; ValueError for an unknown, repeated or misshapen one."""
         if name not in self._left:
-            known = "was given twice" if name in self._places else f"is no parameter of this {self._model.family} model"
+            known = (
+                "was given twice"
+                if name in canonical_parameters(self._model)
+                else f"is no parameter of this {self._model.family} model"
+            )
             raise ValueError(f"{name} {known}")
         if tuple(tensor.shape) != self._shapes[name]:
             raise ValueError(f"{name} is {list(tensor.shape)} instead of {list(self._shapes[name])}")
         self._left.remove(name)
-        place, dtype = self._places[name], self._dtype or tensor.dtype
-        if place.name not in self._fused:
-            stored = torch.empty(place.shape, dtype=dtype)
-            self._fused[place.name] = (stored, stored.numel())
-        stored, elements_left = self._fused.pop(place.name)
-        place.view(stored).copy_(tensor.detach())
-        if elements_left > tensor.numel():
-            self._fused[place.name] = (stored, elements_left - tensor.numel())
-        else:
-            self._add_stored(place.name, stored)
+        self._place(name, tensor.detach())
 
     def add_file(self, name: str, content: bytes) -> None:
         """Puts one more file, such as tokenizer.json, into the directory."""
@@ -215,6 +211,9 @@ class HFWriter:
         """Completes the directory; ValueError names the parameters that never came. `with` calls it."""
         if self._left:
             raise ValueError(f"cannot complete {self.directory}; missing: {_enumerate(sorted(self._left))}")
+        own = canonical_parameters(self._model)
+        for name in [name for name in self._shapes if name not in own]:  # biases that transformers adds
+            self._place(name, torch.zeros(self._shapes[name], dtype=self._written_dtype))
         self._flush()
         files = {i: _shard_name(i, self._num_shards) for i in range(self._num_shards)}
         for i, file in files.items():
@@ -230,6 +229,18 @@ class HFWriter:
         if self.directory.exists():
             self.directory.rmdir()
         self._partial.rename(self.directory)
+
+    def _place(self, name: str, tensor: torch.Tensor) -> None:
+        place, dtype = self._places[name], self._dtype or tensor.dtype
+        if place.name not in self._fused:
+            stored = torch.empty(place.shape, dtype=dtype)
+            self._fused[place.name] = (stored, stored.numel())
+        stored, elements_left = self._fused.pop(place.name)
+        place.view(stored).copy_(tensor)
+        if elements_left > tensor.numel():
+            self._fused[place.name] = (stored, elements_left - tensor.numel())
+        else:
+            self._add_stored(place.name, stored)
 
     def _add_stored(self, name: str, tensor: torch.Tensor) -> None:
         size = tensor.numel() * tensor.element_size()

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 
 from megallm.checkpoint import sharded
@@ -71,28 +72,23 @@ def _tokenizer_files(checkpoint: Path, model: ModelConfig) -> dict[str, bytes]:
 
 
 def _tokenizer_config(path: Path, model: ModelConfig) -> dict[str, Any]:
-    """What AutoTokenizer needs beside a bare tokenizer.json: its class and its special tokens."""
+    """What AutoTokenizer needs beside a bare tokenizer.json: its class and its special tokens.
+
+    The model's ids go first, where the tokenizer has special tokens of those ids: a preset's may be of another one.
+    """
+    added = tokenizers.Tokenizer.from_file(str(path)).get_added_tokens_decoder()
+    special = {i: token.content for i, token in added.items() if token.special}
     tokenizer = Tokenizer.from_path(path)
-    vocabulary = json.loads(path.read_text(encoding="utf-8"))
-    tokens = _tokens_by_id(vocabulary)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
     }
-    for name, given, found in (
-        ("bos_token", model.bos_token_id, tokenizer.bos_id),
-        ("eos_token", model.eos_token_id, tokenizer.eos_id),
+    for name, ids in (
+        ("bos_token", (model.bos_token_id, tokenizer.bos_id)),
+        ("eos_token", (model.eos_token_id, tokenizer.eos_id)),
     ):
-        token = tokens.get(found if given is None else given)
-        if token is not None:
-            config[name] = token
+        found = [special[i] for i in ids if i in special]
+        if found:
+            config[name] = found[0]
     return config
-
-
-def _tokens_by_id(vocabulary: dict[str, Any]) -> dict[int | None, str]:
-    """Id -> text of every token in the JSON of a tokenizer.json."""
-    words = vocabulary["model"]["vocab"]
-    pairs = words.items() if isinstance(words, dict) else ((word[0], i) for i, word in enumerate(words))  # unigram
-    added = ((token["content"], token["id"]) for token in vocabulary.get("added_tokens", []))
-    return {i: text for text, i in (*pairs, *added)}

@@ -3,6 +3,7 @@
     read_hf_config         the JSON object of a model directory
     model_config_from_hf   its ModelConfig; whatever we could not compute exactly as transformers does is refused
     model_config_to_hf     the config.json of a ModelConfig, for transformers 4.43 and newer
+    with_family_biases     the ModelConfig that this config.json describes
 
 An absent key means transformers' default for that model_type, because save_pretrained leaves defaults out. Rotary
 settings are read under their old names (`rope_theta`, `rope_scaling`) and their new one (`rope_parameters`), and
@@ -154,9 +155,10 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
 def model_config_to_hf(model: ModelConfig, *, dtype: str | None = None) -> dict[str, Any]:
     """The config.json of `model`; `dtype` ("float32", "bfloat16", ...) is the one of the weights beside it.
 
-    Reading it back gives `model` again, but for how new weights are drawn, and dropout that the family does not have.
-    ValueError names the fields that models of this family cannot have in transformers.
+    Reading it back gives `with_family_biases(model)`, but for how new weights are drawn, and dropout that the family
+    does not have. ValueError names the fields that models of this family cannot have in transformers.
     """
+    model = with_family_biases(model)
     head = "ForSequenceClassification" if model.head == "scalar" else "ForCausalLM"
     if model.family == "gpt2" and model.head == "lm":
         head = "LMHeadModel"
@@ -177,6 +179,18 @@ def model_config_to_hf(model: ModelConfig, *, dtype: str | None = None) -> dict[
     config |= _gpt2_keys(model) if model.family == "gpt2" else _rotary_keys(model)
     _check_representable(model, config)
     return config
+
+
+def with_family_biases(model: ModelConfig) -> ModelConfig:
+    """`model` with the biases that its family always has in transformers; zeros in them change nothing."""
+    if model.family == "gpt2":
+        return model.replace(attention_bias=True, attention_out_bias=True, mlp_bias=True)
+    if model.family == "qwen2":
+        return model.replace(attention_bias=True)
+    if model.family in ("llama", "qwen3"):
+        biased = model.attention_bias or model.attention_out_bias
+        return model.replace(attention_bias=biased, attention_out_bias=biased)
+    return model
 
 
 def _gpt2_fields(keys: _Keys) -> dict[str, Any]:

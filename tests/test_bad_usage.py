@@ -1,0 +1,145 @@
+"""What a user gets wrong: one clear line on stderr, exit code 2, before any rank talks to another."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"
+LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def run(arguments: list[str], *, folder: Path, world_size: int = 1, program: str = "example") -> tuple[int, str]:
+    """(exit code, stderr) of the example or of `megallm`, as rank 0 of `world_size`, in a process of its own.
+
+    No process group can exist: the other ranks do not. A program that waited for them would not return.
+    """
+    receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(send, arguments, folder, world_size, program))
+    child.start()
+    child.join(60)
+    assert child.exitcode is not None, "still running after 60 s"
+    return child.exitcode, receive.recv() if receive.poll() else ""
+
+
+def _child(send: Any, arguments: list[str], folder: Path, world_size: int, program: str) -> None:
+    os.chdir(folder)
+    sys.argv = ["pretrain_gpt.py", *arguments]
+    if world_size > 1:
+        os.environ.update(dict.fromkeys(LAUNCH, "0") | {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": "1"})
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    said = io.StringIO()
+    code = 0
+    leave = os._exit
+    os._exit = lambda status: (_ for _ in ()).throw(SystemExit(status))  # type: ignore[assignment]
+    with contextlib.redirect_stderr(said):
+        try:
+            if program == "example":
+                runpy.run_path(str(EXAMPLE), run_name="__main__")
+            else:
+                from megallm.cli.main import main
+
+                main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+    send.send(said.getvalue())
+    leave(code)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("usage")
+    (root / "short.txt").write_text("too short")
+    (root / "empty.txt").write_text("")
+    (root / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    (root / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (root / "no_key.jsonl").write_text('{"body": "fine"}\n')
+    for name, config in {
+        "bert": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        "no_weights": {
+            "model_type": "llama", "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 4,
+        },
+    }.items():  # fmt: skip
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(config))
+    return root
+
+
+CASES = {
+    "tp_does_not_divide_heads": (["--tp", "3"], 3, ["num_attention_heads", "tp (3)"]),
+    "world_size_not_divisible": (["--tp", "2", "--pp", "2"], 6, ["world size (6)", "4"]),
+    "global_batch_not_divisible": (["--global-batch-size", "10", "--micro-batch-size", "4"], 1, ["10", "4"]),
+    "more_stages_than_layers": (["--pp", "16", "--global-batch-size", "64"], 16, ["num_hidden_layers"]),
+    "interleaved_microbatches": (
+        ["--pp", "2", "--virtual-stages", "2", "--global-batch-size", "12", "--micro-batch-size", "4"], 2,
+        ["interleaved", "multiple of pp"],
+    ),
+    "virtual_stages_with_1f1b": (["--pp", "2", "--virtual-stages", "2", "--schedule", "1f1b"], 2, ["virtual_stages"]),
+    "unknown_preset": (["--model", "lama3-8b"], 1, ["lama3-8b", "llama3-8b"]),
+    "missing_model_directory": (["--model", "./nowhere"], 1, ["nowhere"]),
+    "missing_file": (["--data", "nowhere.txt"], 1, ["nowhere.txt"]),
+    "empty_data": (["--data", "empty.txt"], 1, ["empty.txt"]),
+    "broken_line": (["--data", "broken.jsonl"], 1, ["broken.jsonl", "2"]),
+    "missing_key": (["--data", "no_key.jsonl"], 1, ["no_key.jsonl", "text"]),
+    "data_shorter_than_a_sequence": (["--data", "short.txt", "--tokenizer", "bytes"], 1, ["seq_length"]),
+    "token_beyond_vocabulary": (
+        ["--model", "no_weights", "--from-scratch", "--data", "text.txt", "--tokenizer", "bytes", "--tp", "1"], 1,
+        ["vocabulary", "101"],
+    ),
+    "unsupported_architecture": (["--model", "bert"], 1, ["bert", "llama", "qwen3", "gpt2", "mistral"]),
+    "config_without_weights": (["--model", "no_weights"], 1, ["no_weights", "safetensors"]),
+    "nothing_to_load": (["--load", "nowhere"], 1, ["nowhere"]),
+    "unknown_flag": (["--learning-rat", "1"], 1, ["--learning-rate"]),
+    "zero_not_there_yet": (["--zero", "2"], 1, ["zero"]),
+    "precision_not_there_yet": (["--precision", "fp8"], 1, ["fp8", "bf16"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_usage_is_one_line_and_exit_code_2(case: str, folder: Path) -> None:
+    arguments, world_size, words = CASES[case]
+    code, said = run([*arguments, "--save", "out"], folder=folder, world_size=world_size)
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert code == 2, said
+    assert "Traceback" not in said
+    assert len([line for line in lines if "error:" in line]) == 1, said
+    for word in words:
+        assert word in said, said
+    assert not (folder / "out").exists()
+
+
+COMMANDS = {
+    "eval_missing_data": (["eval", "--model", "no_weights", "--data", "nowhere.jsonl"], ["no_weights"]),
+    "eval_of_a_preset": (["eval", "--model", "tiny", "--data", "broken.jsonl"], ["tiny", "weights"]),
+    "generate_without_prompt": (["generate", "--model", "bert"], ["--prompt"]),
+    "export_of_nothing": (["export", "nowhere", "out"], ["nowhere"]),
+    "schedule_that_cannot_be": (
+        ["schedule", "--pp", "4", "--microbatches", "6", "--schedule", "interleaved", "--virtual-stages", "2"],
+        ["multiple of pp"],
+    ),
+    "unknown_command": (["trian"], ["trian"]),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_bad_commands_are_one_line_and_exit_code_2(case: str, folder: Path) -> None:
+    arguments, words = COMMANDS[case]
+    code, said = run(arguments, folder=folder, program="megallm")
+    assert code == 2, said
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said, said
