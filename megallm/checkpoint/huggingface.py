@@ -30,16 +30,20 @@ INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _HEADS = ("lm_head.weight", "score.weight")
 _MAX_NAMES = 8
+_ROWS_AT_A_TIME = 8192
 
 
 class HFWeights:
-    """The weights of a Hugging Face directory, under our global names. Opens files and reads headers, no data."""
+    """The weights of a Hugging Face directory, under our global names. Opens files and reads headers.
+
+    No data is read before `read`, but for a head that is stored although it is tied.
+    """
 
     def __init__(self, directory: str | Path, model: ModelConfig, *, new_head: bool = False) -> None:
         """`new_head`: the head of `model` may be missing, because it is to be trained from new weights.
 
         FileNotFoundError if there are no safetensors weights; ValueError if they are not those of `model`: it names
-        the tensors that are missing, of another shape or type, or unexpected.
+        the tensors that are missing, of another shape or type, or unexpected, or a tied head that is not tied.
         """
         self.directory = Path(directory)
         self._places = hf_places(model)
@@ -49,6 +53,8 @@ class HFWeights:
         self._stored = self._index_names()
         self.missing: tuple[str, ...] = self._check(model, new_head=new_head)
         """Global names that the directory does not hold: the head, with `new_head`; else none."""
+        if model.tie_word_embeddings and model.head == "lm":
+            self._check_tied()
 
     def read(self, name: str, *, start: int = 0, length: int | None = None, dim: int = 0) -> torch.Tensor:
         """[start, start + length) along `dim` of the global parameter `name`, in the stored dtype, contiguous.
@@ -81,6 +87,22 @@ class HFWeights:
                     raise ValueError(f"{self.directory} holds {self._key(name)} twice, the second time as {name}")
                 stored[self._key(name)] = (file, name)
         return stored
+
+    def _check_tied(self) -> None:
+        """ValueError if a head is stored that is not the embedding: transformers 5 would then use it untied."""
+        if "lm_head.weight" not in self._stored:
+            return
+        key = self._key(self._places["model.embed_tokens.weight"].name)
+        head, embedding = (file.get_slice(name) for file, name in (self._stored["lm_head.weight"], self._stored[key]))
+        is_same = (head.get_shape(), head.get_dtype()) == (embedding.get_shape(), embedding.get_dtype())
+        for start in range(0, embedding.get_shape()[0], _ROWS_AT_A_TIME):
+            rows = slice(start, start + _ROWS_AT_A_TIME)
+            is_same = is_same and torch.equal(head[rows], embedding[rows])
+        if not is_same:
+            raise ValueError(
+                f"config.json in {self.directory} ties lm_head.weight to the embedding, but another one is stored: "
+                "set tie_word_embeddings to false there to use it, or remove it from the files"
+            )
 
     def _check(self, model: ModelConfig, *, new_head: bool) -> tuple[str, ...]:
         missing, problems = [], []
@@ -254,7 +276,11 @@ class HFWriter:
         self._written_dtype = self._written_dtype or tensor.dtype
 
     def _flush(self) -> None:
-        save_file(self._shard, self._partial / _part_name(self._num_shards), metadata={"format": "pt"})
+        path = self._partial / _part_name(self._num_shards)
+        path.touch()
+        mode = path.stat().st_mode  # what the umask allows; safetensors makes files that only their owner can read
+        save_file(self._shard, path, metadata={"format": "pt"})
+        path.chmod(mode)
         self._shard, self._shard_bytes = {}, 0
         self._num_shards += 1
 

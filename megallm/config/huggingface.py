@@ -19,77 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from megallm.config.check import check_model
+from megallm.config.huggingface_defaults import DEFAULTS, GPT2_ALIASES
 from megallm.config.huggingface_rope import read_rope, rope_keys
 from megallm.config.model import FAMILIES, Family, ModelConfig, RopeScaling
 
-_ROTARY_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "sliding_window": 4096,
-    "use_sliding_window": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-_QWEN_DEFAULTS: dict[str, Any] = {
-    **_ROTARY_DEFAULTS,
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
-}
-_LLAMA_DEFAULTS: dict[str, Any] = {
-    **_ROTARY_DEFAULTS,
-    "vocab_size": 32000,
-    "intermediate_size": 11008,
-    "num_key_value_heads": None,
-    "max_position_embeddings": 2048,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_DEFAULTS: dict[Family, dict[str, Any]] = {
-    "gpt2": {
-        "vocab_size": 50257,
-        "n_embd": 768,
-        "n_inner": None,
-        "n_layer": 12,
-        "n_head": 12,
-        "n_positions": 1024,
-        "activation_function": "gelu_new",
-        "resid_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "attn_pdrop": 0.1,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-        "bos_token_id": 50256,
-        "eos_token_id": 50256,
-    },
-    "llama": _LLAMA_DEFAULTS,
-    "mistral": {
-        **_LLAMA_DEFAULTS,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    },
-    "qwen2": _QWEN_DEFAULTS,
-    "qwen3": {**_QWEN_DEFAULTS, "head_dim": 128},
-}
-_GPT2_ALIASES = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_positions": "max_position_embeddings",
-}
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -368,8 +301,8 @@ class _Keys:
     def __init__(self, config: Mapping[str, Any], family: Family) -> None:
         self.config = config
         self.problems: list[str] = []
-        self._defaults = _DEFAULTS[family]
-        self._aliases = _GPT2_ALIASES if family == "gpt2" else {}
+        self._defaults = DEFAULTS[family]
+        self._aliases = GPT2_ALIASES if family == "gpt2" else {}
 
     def raw(self, key: str) -> Any:
         """The value, or the family's default."""

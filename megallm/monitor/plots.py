@@ -113,7 +113,7 @@ def _draw(figure: Figure, runs: dict[str, _Run], title: str) -> None:
     norm_axes.set_xlim(0, max(last_step * 1.01, 1.0))
     _tokens_on_top(loss_axes, next(iter(runs.values())))
     if title:
-        figure.suptitle(title, fontsize=11, x=0.01, ha="left", fontweight="semibold", color="#222222")
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left", fontweight="bold", color="#222222")
 
 
 def _draw_run(loss_axes: Axes, norm_axes: Axes, rate_axes: Axes, run: _Run, name: str, color: str) -> None:
