@@ -1,7 +1,7 @@
 """Continues prompts with a trained model, on any layout of ranks.
 
     python examples/generate.py --model runs/pretrain_gpt --prompt "def main(" --max-new-tokens 40
-    torchrun --standalone --nproc-per-node 4 examples/generate.py --model runs/pretrain_gpt --tp 2 --pp 2 --prompt "def "
+    torchrun --standalone --nproc-per-node 4 examples/generate.py --tp 2 --pp 2 --model DIR --prompts F.jsonl
 """
 
 import argparse

@@ -24,8 +24,9 @@ def run(arguments: list[str], *, folder: Path, world_size: int = 1, program: str
 
     No process group can exist: the other ranks do not. A program that waited for them would not return.
     """
-    receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(send, arguments, folder, world_size, program))
+    fork = multiprocessing.get_context("fork")
+    receive, send = fork.Pipe(duplex=False)
+    child = fork.Process(target=_child, args=(send, arguments, folder, world_size, program))
     child.start()
     child.join(60)
     assert child.exitcode is not None, "still running after 60 s"
@@ -70,8 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, config in {
         "bert": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
         "no_weights": {
-            "model_type": "llama", "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 4,
+            "model_type": "llama", "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
         },
     }.items():  # fmt: skip
         (root / name).mkdir()

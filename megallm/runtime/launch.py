@@ -76,6 +76,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         end_usage_error(info, error)
     except KeyboardInterrupt:
         end_interrupt(info)
+    except BrokenPipeError:  # who read our output (a pager, `head`) has left: nothing more to say, no complaint
+        os._exit(0)
     except Exception as error:
         end_failure(info, error)
     sys.exit(code or 0)
