@@ -28,11 +28,10 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from functools import cache
 from typing import Any
 
 import pytest
-from training_cases import BATCH, MODELS, SEQ, Case, make_engine, own_batch
+from training_cases import BATCH, MODELS, SEQ, Case, make_engine, once, own_batch
 
 from megallm.config.model import ModelConfig
 from megallm.testing.pool import run_ranks
@@ -90,7 +89,7 @@ def count_step(rank: int, world_size: int, cases: list[Case]) -> dict[str, dict[
     return found
 
 
-@cache
+@once
 def measured(world_size: int) -> list[dict[str, dict[str, Any]]]:
     return run_ranks(count_step, world_size, [c for c in CASES if c.world_size == world_size], timeout=300.0)
 
@@ -153,10 +152,8 @@ def test_tensor_parallel_traffic_is_the_sum_of_its_formulas(case: Case) -> None:
 def test_layers_send_8_bsh_and_10_with_sequence_parallelism(case: Case) -> None:
     """What is left when embedding, head, loss, common gradients and norm are taken away, a layer and microbatch."""
     for held in ranks_of(case):
-        terms = tp_terms(case, held)
-        others = sum(value for name, value in terms.items() if name != "layers")
-        left = Fraction(held["elements"]["tp"]) - int(sum(terms.values())) + terms["layers"]
-        assert int(left + others) == held["elements"]["tp"]
+        others = sum(value for name, value in tp_terms(case, held).items() if name != "layers")
+        left = held["elements"]["tp"] - math.floor(others)  # the recorder's total is rounded down, too
         bsh = tokens(case) * MODELS[case.model].hidden_size * Fraction(case.tp - 1, case.tp)
         expected = (10 if uses_sp(case) else 8) + (4 if case.recompute == "full" else 0)
         assert left / (held["layers"] * microbatches(case) * bsh) == expected

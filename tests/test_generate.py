@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from training_cases import once
 
 from megallm.config.model import ModelConfig
 from megallm.config.parallel import ParallelConfig
@@ -58,35 +58,38 @@ def world_size(layout: dict[str, Any]) -> int:
 Tokens = list[list[int]]
 
 
-def on_layouts(rank: int, world: int, layouts: dict[str, dict[str, Any]]) -> dict[tuple[str, str, str], Tokens]:
+def on_layouts(
+    rank: int, world: int, layouts: dict[str, dict[str, Any]], stop_ids: dict[str, int]
+) -> dict[tuple[str, str, str], Tokens]:
     """Generated tokens by (layout, model, kind)."""
     found = {}
     for name, layout in layouts.items():
-        for model in ("llama", "mistral", "gpt2", "qwen3"):
+        for model, stop in stop_ids.items():
             engine = make_engine(model, **layout)
             for kind, sampling in (("greedy", Sampling()), ("sampled", SAMPLED)):
                 found[name, model, kind] = engine.generate(PROMPTS, max_new_tokens=NEW, sampling=sampling)
-            stopping = Sampling(stop_ids=(stop_id(model),))
+            stopping = Sampling(stop_ids=(stop,))
             found[name, model, "stopped"] = engine.generate(PROMPTS, max_new_tokens=NEW, sampling=stopping)
     return found
 
 
-@cache
+@once
 def measured(world: int) -> dict[tuple[str, str, str], Tokens]:
     layouts = {name: layout for name, layout in LAYOUTS.items() if world_size(layout) == world}
-    results = run_ranks(on_layouts, world, layouts, timeout=300.0)
+    stop_ids = {model: stop_id(model) for model in ("llama", "mistral", "gpt2", "qwen3")}
+    results = run_ranks(on_layouts, world, layouts, stop_ids, timeout=300.0)
     for other in results[1:]:
         assert other == results[0], "ranks disagree on the tokens"
     return results[0]
 
 
-@cache
+@once
 def one_rank(model: str, kind: str) -> Tokens:
     sampling = {"greedy": Sampling(), "sampled": SAMPLED}.get(kind) or Sampling(stop_ids=(stop_id(model),))
     return make_engine(model).generate(PROMPTS, max_new_tokens=NEW, sampling=sampling)
 
 
-@cache
+@once
 def stop_id(model: str) -> int:
     """A token in the middle of the first greedy answer."""
     return one_rank(model, "greedy")[0][NEW // 2]

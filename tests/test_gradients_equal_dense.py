@@ -6,12 +6,10 @@ several tp ranks, the two copies of a tied embedding) must agree to the bit, or 
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from gathered import Part, assembled, parts_of
-from training_cases import MODELS, OPTIM, Case, global_batch, make_engine, own_batch
+from training_cases import MODELS, OPTIM, Case, global_batch, make_engine, once, own_batch
 
 from megallm.config.optim import OptimConfig
 from megallm.model.counts import parameter_shapes
@@ -49,12 +47,12 @@ def one_step(rank: int, world_size: int, cases: list[Case]) -> dict[str, tuple[l
     return found
 
 
-@cache
+@once
 def measured(world_size: int) -> list[dict[str, tuple[list[Part], list[Part]]]]:
     return run_ranks(one_step, world_size, [c for c in CASES if c.world_size == world_size], timeout=300.0)
 
 
-@cache
+@once
 def dense(model: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Weights and gradients of one rank."""
     case = Case(model=model)

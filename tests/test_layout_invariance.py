@@ -8,11 +8,10 @@ between. In fp32 the same first losses are met to 1e-5.
 from __future__ import annotations
 
 import json
-from functools import cache
 from typing import Any
 
 import pytest
-from training_cases import GOLDEN, GOLDEN_STEPS, MODELS, OPTIM, Case, train_cases
+from training_cases import GOLDEN, GOLDEN_STEPS, MODELS, OPTIM, Case, once, train_cases
 
 from megallm.config.serialize import to_plain
 from megallm.testing.pool import run_ranks
@@ -91,13 +90,13 @@ def golden(model: str) -> dict[str, Any]:
     return json.loads((GOLDEN / f"{model}.json").read_text())
 
 
-@cache
+@once
 def curves(world_size: int) -> dict[str, Curve]:
     """All curves of this world size in fp64, by the case's name; one call of the pool."""
     return _measured([case for case in CASES if case.world_size == world_size], GOLDEN_STEPS)
 
 
-@cache
+@once
 def fp32_curves(world_size: int) -> dict[str, Curve]:
     """Likewise the five steps in fp32."""
     return _measured([case for case in FP32_CASES if case.world_size == world_size], 5)

@@ -8,9 +8,11 @@ do not divide over stages. The sequences count upwards in steps of 1 to 3, so th
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +30,8 @@ GOLDEN_STEPS = 20
 BATCH, SEQ, VOCAB = 8, 16, 101
 SEED = 7
 OPTIM = OptimConfig(learning_rate=1e-2, max_grad_norm=0.5, weight_decay=0.1)
+
+Result = TypeVar("Result")
 
 _SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
 MODELS: dict[str, ModelConfig] = {
@@ -128,3 +132,26 @@ def train(engine: Engine, first: int, stop: int) -> list[tuple[float, float]]:
 def train_cases(rank: int, world_size: int, cases: list[Case], steps: int) -> dict[str, list[tuple[float, float]]]:
     """The curves of several cases, by name. To be run on `world_size` ranks."""
     return {case.name: train(make_engine(case), 0, steps) for case in cases}
+
+
+def once(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function`, called once for each argument: later calls return what the first did, or raise what it raised.
+
+    Many tests look at one run of many ranks; when that fails, each of them says so without running it again.
+    """
+
+    @functools.cache
+    def outcome(*args: Any) -> tuple[Any, BaseException | None]:
+        try:
+            return function(*args), None
+        except Exception as error:
+            return None, error
+
+    @functools.wraps(function)
+    def remembered(*args: Any) -> Result:
+        result, error = outcome(*args)
+        if error is not None:
+            raise error
+        return result
+
+    return remembered

@@ -113,6 +113,8 @@ def pretrain(plan: PretrainPlan, info: LaunchInfo, device: torch.device, *, samp
         log.info(f"resumed from {plan.resume_from}: step {state.step}, {state.tokens:,} tokens")
     else:
         plan.source.load_weights(engine)
+    if state.step >= train.steps:
+        log.info(f"nothing left to train: {state.step} of {train.steps} steps are done (raise --steps to go on)")
     outputs = _outputs(plan)
     state = _train(plan, engine, state, outputs)
     _conclude(plan, engine, log, outputs)
