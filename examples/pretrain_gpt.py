@@ -1,11 +1,12 @@
 """Pretrains a GPT on text, on any layout of ranks.
 
-python examples/pretrain_gpt.py                                                   one rank, embedded defaults
-torchrun --standalone --nproc-per-node 8 examples/pretrain_gpt.py --tp 4 --pp 2   eight ranks of this machine
-torchrun --nnodes 8 --nproc-per-node 8 ... examples/pretrain_gpt.py --model llama3-8b --tp 4 --pp 2 --data ...
+    python examples/pretrain_gpt.py                                                   one rank, embedded defaults
+    torchrun --standalone --nproc-per-node 8 examples/pretrain_gpt.py --tp 4 --pp 2   eight ranks of this machine
+    torchrun --nnodes 8 --nproc-per-node 8 ... examples/pretrain_gpt.py --model llama3-8b --tp 4 --pp 2 --data ...
 """
 
 from megallm.config.checkpoint import CheckpointConfig
+from megallm.config.data import DataConfig
 from megallm.config.flags import parse_run_config
 from megallm.config.optim import OptimConfig
 from megallm.config.run import RunConfig
@@ -14,8 +15,9 @@ from megallm.runtime.environment import launch_info, user_cache_dir
 from megallm.runtime.launch import device_for, run_main, usage_errors
 
 DEFAULTS = RunConfig(
-    train=TrainConfig(steps=150, micro_batch_size=4, global_batch_size=16, seq_length=128, eval_every=50),
-    optim=OptimConfig(learning_rate=3e-3, warmup_steps=5),
+    train=TrainConfig(steps=140, micro_batch_size=8, global_batch_size=16, seq_length=128, eval_every=35),
+    optim=OptimConfig(learning_rate=2e-3, warmup_steps=5),
+    data=DataConfig(tokenizer_vocab_size=2048),
     checkpoint=CheckpointConfig(save="runs/pretrain_gpt"),
 )
 

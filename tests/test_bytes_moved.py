@@ -1,4 +1,4 @@
-r"""What one optimizer step moves between ranks, counted, equals what the formulas say: element for element, axis by axis.
+r"""What one optimizer step moves between ranks, counted, equals what formulas say, element for element, on every axis.
 
 Counted is what a rank sends with ring algorithms (megallm.parallel.recorder). Letters: b s tokens of a microbatch
 (T = b s), h hidden, L layers of this rank, V' vocabulary padded to t, m microbatches, t p d sizes of tp, pp, dp,
@@ -17,10 +17,10 @@ tp, a step:
     gradients in common     one all-reduce of what tp ranks hold alike but compute in part: all norms and biases of
                             row layers under SP, q/k norms always, and K D H for k and for v a layer when t > K
     gradient norm           one number                                                                    2 f
-pp, a step, all ranks:      every boundary between stages, forward and backward                 2 (p v - 1) m T h  (/ t with SP)
-                            gradient norm: one number on every rank                                       p 2 (p-1)/p
-dp, a step:                 gradients of all local parameters, and the count of labels         2 (d-1)/d (parameters + 1)
-embedding, a step:          the tied embedding's gradient, on the first and the last stage's ranks        V'/t h
+pp, a step, all ranks:      every boundary between stages, forward and backward (/ t with SP)   2 (p v - 1) m T h
+                            gradient norm: one number on every rank                             p 2 (p-1)/p
+dp, a step:                 gradients of all local parameters, and the count of labels          2 (d-1)/d (n + 1)
+embedding, a step:          the tied embedding's gradient, on the ranks of the first and the last stage    V'/t h
 Nothing else moves: the total of each axis is the sum of its terms.
 """
 

@@ -36,11 +36,14 @@ RESHARDS = [
     (Case(model=TIED, tp=2, pp=2), Case(model=TIED, pp=2, v=2, dp=2, mbs=2)),
     (Case(model=TIED, pp=4), Case(model=TIED, tp=2, dp=2)),
     (Case(model=QWEN3, tp=4), Case(model=QWEN3, tp=2, sp=False, dp=2)),
-    (Case(model=QWEN3, dp=4), Case(model=QWEN3, tp=4)),
+    (Case(model=QWEN3, dp=4, mbs=2), Case(model=QWEN3, tp=4)),
     (Case(model=QWEN2, pp=2, v=2, dp=2, mbs=2), Case(model=QWEN2, pp=4)),
     (Case(model=UNTIED, tp=4), Case(model=UNTIED, pp=4)),
     (Case(model=UNTIED, tp=2, pp=2, v=2), Case(model=UNTIED, tp=2, dp=2)),
 ]
+EVERY_PAIR = pytest.mark.parametrize(
+    "number", range(len(RESHARDS)), ids=lambda n: f"{RESHARDS[n][0].name}-to-{RESHARDS[n][1].name}"
+)
 Curve = list[tuple[float, float]]
 
 
@@ -155,7 +158,7 @@ def test_loading_tells_where_the_run_stood(case: Case, resumed: Any) -> None:
         assert story["state"] == (STOP, STOP * 8, STOP * 8 * SEQ, STOP)
 
 
-@pytest.mark.parametrize("number", range(len(RESHARDS)), ids=lambda n: f"{RESHARDS[n][0].name}-to-{RESHARDS[n][1].name}")
+@EVERY_PAIR
 def test_weights_and_optimizer_state_survive_a_change_of_layout(number: int, resharded: Any) -> None:
     saved = assembled([of_rank[number]["saved"] for of_rank in resharded])
     loaded = assembled([of_rank[number]["loaded"] for of_rank in resharded])
@@ -165,7 +168,7 @@ def test_weights_and_optimizer_state_survive_a_change_of_layout(number: int, res
         assert torch.equal(loaded[name], tensor), name
 
 
-@pytest.mark.parametrize("number", range(len(RESHARDS)), ids=lambda n: f"{RESHARDS[n][0].name}-to-{RESHARDS[n][1].name}")
+@EVERY_PAIR
 def test_a_run_resumed_at_another_layout_follows_the_one_rank_curve(number: int, resharded: Any) -> None:
     expected = golden(RESHARDS[number][0].model)[STOP:END]
     assert relative_error(resharded[0][number]["curve"], expected) < 1e-9
@@ -182,7 +185,7 @@ def test_a_checkpoint_of_four_ranks_resumes_on_one_and_on_two(
         assert relative_error(curve, golden(model)[STOP:END]) < 1e-9
 
 
-@pytest.mark.parametrize("number", range(len(RESHARDS)), ids=lambda n: RESHARDS[n][0].name)
+@EVERY_PAIR
 def test_whole_tensors_read_without_ranks_are_the_gathered_weights(
     number: int, resharded: Any, reshard_folder: Path
 ) -> None:

@@ -26,7 +26,7 @@ MODELS: dict[str, ModelConfig] = {
     "seven_words": tiny_config("llama", vocab_size=7, num_hidden_layers=1, initializer_range=0.15),
 }
 FAMILIES = pytest.mark.parametrize("model", ["llama", "mistral", "gpt2", "qwen3"])
-NEW = 9
+NEW = 8
 PROMPTS = [[5, 17, 3, 99, 42, 8, 60, 1, 77], [100], [0, 0, 0], [12, 55, 31, 9], [64, 2]]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2},
@@ -36,7 +36,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"dp": 2},
     "tp2 pp2": {"tp": 2, "pp": 2},
     "pp2 dp2": {"pp": 2, "dp": 2},
-    "dp4": {"dp": 4},
     "tp4": {"tp": 4},
     "pp2 v2 tp2": {"tp": 2, "pp": 2, "virtual_stages": 2},
 }
@@ -68,8 +67,9 @@ def on_layouts(
             engine = make_engine(model, **layout)
             for kind, sampling in (("greedy", Sampling()), ("sampled", SAMPLED)):
                 found[name, model, kind] = engine.generate(PROMPTS, max_new_tokens=NEW, sampling=sampling)
-            stopping = Sampling(stop_ids=(stop,))
-            found[name, model, "stopped"] = engine.generate(PROMPTS, max_new_tokens=NEW, sampling=stopping)
+            if model == "llama":
+                stopping = Sampling(stop_ids=(stop,))
+                found[name, model, "stopped"] = engine.generate(PROMPTS, max_new_tokens=NEW, sampling=stopping)
     return found
 
 
@@ -120,17 +120,19 @@ def test_the_models_answers_vary(model: str) -> None:
 
 
 def test_the_sliding_window_matters() -> None:
-    wide = Engine(
-        MODELS["mistral"].replace(sliding_window=None), Mesh.build(), precision="fp64", seed=3, train=False
-    )
+    wide = Engine(MODELS["mistral"].replace(sliding_window=None), Mesh.build(), precision="fp64", seed=3, train=False)
     assert wide.generate(PROMPTS, max_new_tokens=NEW) != one_rank("mistral", "greedy")
 
 
 @FAMILIES
-@pytest.mark.parametrize("kind", ["greedy", "stopped"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_generates_the_same_tokens(layout: str, kind: str, model: str) -> None:
-    assert measured(world_size(LAYOUTS[layout]))[layout, model, kind] == one_rank(model, kind)
+def test_every_layout_generates_the_same_tokens(layout: str, model: str) -> None:
+    assert measured(world_size(LAYOUTS[layout]))[layout, model, "greedy"] == one_rank(model, "greedy")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_stops_at_the_same_token(layout: str) -> None:
+    assert measured(world_size(LAYOUTS[layout]))[layout, "llama", "stopped"] == one_rank("llama", "stopped")
 
 
 @FAMILIES

@@ -252,9 +252,7 @@ def test_adamw_reference_is_torch_adamw() -> None:
     for step in range(1, 5):
         p.grad = rand(50, dtype=torch.float64, seed=10 + step)
         optimizer.step()
-        adamw_reference_(
-            own, p.grad, m, v, step=step, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1
-        )
+        adamw_reference_(own, p.grad, m, v, step=step, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
         assert_close(own, p.detach(), terms=6 * step)
 
 

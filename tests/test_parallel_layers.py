@@ -64,9 +64,7 @@ def check_column(rank: int, world_size: int, sequence_parallel: bool, has_bias: 
     tp = axis_of(world_size)
     weight, bias = rand(OUT, IN, seed=1).requires_grad_(), rand(OUT, seed=2).requires_grad_()
     own_bias = nn.Parameter(part(bias.detach(), tp)) if has_bias else None
-    layer = ColumnLinear(
-        nn.Parameter(part(weight.detach(), tp)), own_bias, tp=tp, sequence_parallel=sequence_parallel
-    )
+    layer = ColumnLinear(nn.Parameter(part(weight.detach(), tp)), own_bias, tp=tp, sequence_parallel=sequence_parallel)
     ready = attach(layer, has_sinks, uses=2)
     for microbatch in range(2):
         x = rand(T, IN, seed=10 + microbatch).requires_grad_()

@@ -129,8 +129,8 @@ def _progress(step: int, total_steps: int) -> str:
 def _number(value: float | None, width: int, digits: int) -> str:
     if value is None:
         return "-".rjust(width)
-    text = f"{value:{width}.{digits}f}"
-    return text if len(text) <= width else f"{value:{width}.1e}"
+    texts = (f"{value:{width}.{digits}f}", f"{value:{width}.1e}", f"{value:{width}.0e}")
+    return next((text for text in texts if len(text) <= width), texts[-1])
 
 
 def _seconds(seconds: float) -> str:

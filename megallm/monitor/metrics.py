@@ -18,7 +18,10 @@ from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Metrics = dict[str, Any]
 
@@ -60,7 +63,7 @@ class MetricsWriter:
         """Close the file; the writer cannot be used afterwards."""
         self._file.close()
 
-    def __enter__(self) -> MetricsWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

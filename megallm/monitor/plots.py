@@ -25,7 +25,7 @@ PathLike = str | os.PathLike[str]
 _COLORS = ("#1f5fa8", "#c8641e", "#2c8a57", "#8a3f9c", "#b02a37", "#5b6470")
 """Distinct in print and for colour-blind readers, told apart by lightness too."""
 _GRAY = "#666666"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.grid": True,
@@ -65,14 +65,14 @@ def plot_loss(
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """The centred mean of `values` [n] over up to `window` neighbours on each side, float64.
 
-    The window shrinks towards both ends, so the first and the last value stay what they are and a steep start is
-    not lifted; a centred mean also has no lag, which an exponential one has.
+    Near the start the window shrinks on both sides, so that a steep start is kept; near the end only the side that has
+    no neighbours does. A centred mean has no lag, which an exponential one has.
     """
-    count = len(values)
-    index = np.arange(count)
-    half = np.minimum(np.minimum(index, count - 1 - index), window)
+    index = np.arange(len(values))
+    before = np.minimum(index, window)
+    after = np.minimum(len(values) - 1 - index, before)
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+    return (sums[index + after + 1] - sums[index - before]) / (before + after + 1)
 
 
 class _Run:
@@ -103,7 +103,7 @@ def _named(metrics: PathLike | Sequence[PathLike] | Mapping[str, PathLike]) -> d
 
 
 def _draw(figure: Figure, runs: dict[str, _Run], title: str) -> None:
-    loss_axes, norm_axes = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    loss_axes, norm_axes = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.6, 1]})
     rate_axes = norm_axes.twinx()
     several = len(runs) > 1
     for index, (name, run) in enumerate(runs.items()):
@@ -120,7 +120,7 @@ def _draw_run(loss_axes: Axes, norm_axes: Axes, rate_axes: Axes, run: _Run, name
     steps, losses = run.losses
     prefix = f"{name}: " if name else ""
     is_short = len(losses) < 40
-    loss_axes.plot(steps, losses, color=color, alpha=1.0 if is_short else 0.28, linewidth=1.4 if is_short else 0.8,
+    loss_axes.plot(steps, losses, color=color, alpha=1.0 if is_short else 0.35, linewidth=1.4 if is_short else 0.8,
                    label=f"{prefix}training" if is_short else None)  # fmt: skip
     if not is_short:
         loss_axes.plot(steps, smooth(losses, len(losses) // 50), color=color, linewidth=1.7, label=f"{prefix}training")
@@ -146,12 +146,12 @@ def _label(loss_axes: Axes, norm_axes: Axes, rate_axes: Axes) -> None:
     norm_axes.set_ylim(bottom=0)
     norm_axes.yaxis.set_major_locator(MaxNLocator(3))
     norm_axes.set_xlabel("step")
-    norm_axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    norm_axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     norm_axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    rate_axes.set_ylabel("learning rate (dashed)")
+    rate_axes.set_ylabel("learning rate\n(dashed)")
     rate_axes.set_ylim(bottom=0)
     rate_axes.yaxis.set_major_locator(MaxNLocator(3))
-    rate_axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: "0" if rate == 0 else f"{rate:.0e}"))
+    rate_axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: _rate_text(rate)))
     rate_axes.grid(False)
 
 
@@ -162,10 +162,24 @@ def _tokens_on_top(axes: Axes, run: _Run) -> None:
     steps, tokens = run.column("tokens")
     if not len(steps) or tokens[-1] <= 0:
         return
-    counts = [count for count in MaxNLocator(6).tick_values(0, tokens[-1]) if 0 <= count <= tokens[-1]]
+    counts = [
+        count for count in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, tokens[-1]) if 0 <= count <= tokens[-1]
+    ]
     places = np.interp(counts, np.concatenate([[0.0], tokens]), np.concatenate([[0.0], steps]))
     top: Any = axes.secondary_xaxis("top")
-    top.set_xticks(places, labels=[format_count(count) for count in counts])
+    top.set_xticks(places, labels=[_count_text(count) for count in counts])
     top.spines["top"].set_visible(False)
     top.tick_params(length=2)
     top.set_xlabel("tokens", fontsize=8)
+
+
+def _rate_text(rate: float) -> str:
+    mantissa, exponent = f"{rate:.1e}".split("e")
+    return "0" if rate == 0 else f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def _count_text(count: float) -> str:
+    """format_count without the zeros that say nothing: 8k, 1.2M."""
+    text = format_count(count)
+    digits, unit = (text[:-1], text[-1]) if text[-1].isalpha() else (text, "")
+    return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + unit
