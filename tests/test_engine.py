@@ -1,4 +1,4 @@
-"""The engine as a downstream trainer uses it: several meshes in a process, overlapped reductions, plain refusals.
+"""The engine as a downstream trainer uses it: two meshes in a process, overlapped reductions, plain refusals."""
 
 from __future__ import annotations
 

@@ -104,11 +104,12 @@ def load(directory: str | Path, model: Transformer, optimizer: AdamW | None = No
         if not moments.is_dir():
             raise ValueError(f"checkpoint {directory} has no optimizer state: load it as weights only, to start anew")
         state = optimizer.state()
-        optimizer.refresh_master()
         if _holds(moments, "master."):  # saved by a bf16 run: its fp32 weights are there
             state.setdefault("master", {name: p.data for name, p in model.named_parameters()})
-        else:
-            state.pop("master", None)
+        elif master := state.pop("master", None):  # saved in fp32, which a bf16 run keeps in its master weights
+            parameters = dict(model.named_parameters())
+            wide = {name: view.view(parameters[name].shape) for name, view in master.items()}
+            _load_part(directory / "model", _slices(model, wide, prefix=""))
         _load_part(moments, _shaped(model, state))
         optimizer.set_num_steps(values["optimizer_steps"])
         optimizer.publish()
@@ -221,7 +222,8 @@ def _steps(root: Path) -> list[Path]:
 
 
 def _prune(root: Path, keep: int) -> None:
-    for old in _steps(root)[: -keep or None] if keep else []:
+    complete = [p for p in _steps(root) if (p / "state.json").is_file()]
+    for old in complete[:-keep] if keep else []:
         shutil.rmtree(old)
 
 
