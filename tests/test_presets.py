@@ -38,6 +38,8 @@ EXACT = {
     "qwen3-32b": 32_762_123_264,
     "mistral-7b": 7_241_732_096,
     "tiny": 4_999_424,
+    # 65 and 64 rows of 128, 4 layers of 12 x 128^2 and two norms, a last norm; nanoGPT prints 0.80M.
+    "nanogpt-char": 65 * 128 + 64 * 128 + 4 * (12 * 128**2 + 2 * 256) + 256,
 }
 
 
@@ -65,7 +67,7 @@ def test_no_preset_is_left_untested() -> None:
 
 
 def test_unknown_preset_gets_a_suggestion_and_the_list() -> None:
-    with pytest.raises(ValueError, match=r"unknown model 'gtp2': did you mean gpt2\? Presets: tiny, gpt2, "):
+    with pytest.raises(ValueError, match=r"unknown model 'gtp2': did you mean gpt2\? Presets: tiny, nanogpt-char, gpt2, "):
         get_preset("gtp2")
     with pytest.raises(ValueError, match=r"unknown model 'zzz': it is neither a preset nor"):
         get_preset("zzz")

@@ -17,6 +17,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,8 +189,7 @@ def _slices(model: Transformer, tensors: dict[str, torch.Tensor], *, prefix: str
 def _save_part(directory: Path, slices: list[TensorSlice], model: Transformer) -> None:
     own = [s for s in slices if s.is_owner]
     world = model.mesh.world
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one rank: as meant
+    with _silence():
         dcp_save(
             {s.name: s.data for s in own},
             storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True),
@@ -202,7 +202,16 @@ def _save_part(directory: Path, slices: list[TensorSlice], model: Transformer) -
 def _load_part(directory: Path, slices: list[TensorSlice]) -> None:
     reader = HuggingFaceStorageReader(str(directory))
     state = {s.name: s.data for s in slices}
-    dcp_load(state, storage_reader=reader, planner=SliceLoader(slices), no_dist=True)
+    with _silence():
+        dcp_load(state, storage_reader=reader, planner=SliceLoader(slices), no_dist=True)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps DCP from warning that a rank works by itself, which is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _holds(directory: Path, prefix: str) -> bool:
