@@ -10,7 +10,8 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
-	$(BIN)/torchrun --standalone --nproc-per-node 8 examples/pretrain_gpt.py --tp 4 --pp 2
+	@rm -rf runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 8 examples/pretrain_gpt.py --tp 4 --pp 2 --save runs/demo
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest
