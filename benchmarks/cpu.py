@@ -49,11 +49,11 @@ PAIRS = (
     Pair(name="1 rank", peer="hf", shape=SMALL, layout={}),
     Pair(name="1 rank, larger", peer="hf", shape=LARGE, layout={}),
     Pair(name="1 rank, 2 threads", peer="hf", shape=SMALL, threads=2, layout={}),
-    Pair(name="tp 2, sequence parallel", peer="megatron", shape=SMALL, ranks=2, layout={"tp": 2}),
-    Pair(name="tp 2", peer="megatron", shape=SMALL, ranks=2, layout={"tp": 2, "sequence_parallel": False}),
-    Pair(name="pp 2, 1f1b", peer="megatron", shape=SMALL, ranks=2, layout={"pp": 2}),
-    Pair(name="dp 2", peer="megatron", shape=SMALL, ranks=2, layout={}),
-    Pair(name="dp 2, peer with zero 1", peer="megatron", shape=SMALL, ranks=2, layout={}, peer_layout={"zero": 1}),
+    Pair(name="tp 2, sequence parallel", peer="megatron_core", shape=SMALL, ranks=2, layout={"tp": 2}),
+    Pair(name="tp 2", peer="megatron_core", shape=SMALL, ranks=2, layout={"tp": 2, "sequence_parallel": False}),
+    Pair(name="pp 2, 1f1b", peer="megatron_core", shape=SMALL, ranks=2, layout={"pp": 2}),
+    Pair(name="dp 2", peer="megatron_core", shape=SMALL, ranks=2, layout={}),
+    Pair(name="dp 2, peer with zero 1", peer="megatron_core", shape=SMALL, ranks=2, layout={}, peer_layout={"zero": 1}),
 )
 
 
@@ -80,7 +80,7 @@ class Worker:
             for rank in range(self._num_ranks):
                 wait_for(self._folder / f"ready-{rank}", timeout_s=300.0, is_alive=self._is_alive)
         except TimeoutError as error:
-            log = (self._folder / "log").read_text()[-3000:]
+            log = (self._folder / "log").read_text()[-6000:]
             raise RuntimeError(f"a worker did not start:\n{log}") from error
 
     def burst(self, steps: int) -> tuple[float, list[float]]:
@@ -190,14 +190,14 @@ def main() -> int:
     args = parser.parse_args()
     python = peers_python(args.peers_python, Path(args.peers_dir))
     about, rows, started = machine(), [], time.monotonic()
-    print(f"{'what':28} {'peer':9} {'ours':>9} {'peer':>9}   ratio (20th - 80th percentile)", flush=True)
+    print(f"{'what':28} {'peer':14} {'ours':>9} {'peer':>9}   ratio (20th - 80th percentile)", flush=True)
     for pair in PAIRS:
         if args.only not in f"{pair.name} {pair.peer}":
             continue
         row = compare(pair, peers_python=python, rounds=args.rounds, steps=args.steps)
         rows.append(row | about)
         print(
-            f"{row['what']:28} {row['peer']:9} {row['ours_ms']:>6} ms {row['peer_ms']:>6} ms   {row['ratio_p50']:.3f} "
+            f"{row['what']:28} {row['peer']:14} {row['ours_ms']:>6} ms {row['peer_ms']:>6} ms   {row['ratio_p50']:.3f} "
             f"({row['ratio_p20']:.3f} - {row['ratio_p80']:.3f})",
             flush=True,
         )
