@@ -1,6 +1,6 @@
 """The benchmark's worker for megatron-core on CPU: its GPTModel, schedules, data parallelism and optimizer.
 
-megatron-core is not made for CPUs: its makers do not support this, and its fused kernels are absent. `shim` replaces the
+megatron-core is not made for CPUs: its makers do not support it, and its fused kernels are absent. `shim` replaces the
 few places where it insists on CUDA; the arithmetic, the schedules and the communication are its own. Settings are the
 fastest that run here: local layer spec, no recompute, gradient-accumulation fusion off (it needs a CUDA extension),
 cross-entropy fusion off (it needs torch.compile of its jit path), overlaps on where the distributed optimizer is used.
