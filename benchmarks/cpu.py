@@ -105,19 +105,22 @@ class Worker:
 
 def compare(pair: Pair, *, peers_python: str, rounds: int, steps: int) -> dict[str, object]:
     """One row of results."""
-    ours = Worker(HERE / "ours.py", sys.executable, pair, pair.layout)
-    ours.wait_ready()
     peer_layout = pair.layout if pair.peer_layout is None else pair.peer_layout
-    peer = Worker(HERE / "peers" / f"{pair.peer}.py", peers_python, pair, peer_layout)
-    peer.wait_ready()
     own_times, peer_times = [], []
-    for _ in range(rounds):
-        seconds, own_losses = ours.burst(steps)
-        own_times.append(seconds)
-        seconds, peer_losses = peer.burst(steps)
-        peer_times.append(seconds)
-    ours.end()
-    peer.end()
+    workers: list[Worker] = []
+    try:
+        workers.append(ours := Worker(HERE / "ours.py", sys.executable, pair, pair.layout))
+        ours.wait_ready()
+        workers.append(peer := Worker(HERE / "peers" / f"{pair.peer}.py", peers_python, pair, peer_layout))
+        peer.wait_ready()
+        for _ in range(rounds):
+            seconds, own_losses = ours.burst(steps)
+            own_times.append(seconds)
+            seconds, peer_losses = peer.burst(steps)
+            peer_times.append(seconds)
+    finally:
+        for worker in workers:
+            worker.end()
     ratios = sorted(a / b for a, b in zip(own_times, peer_times, strict=True))
     return {
         "what": pair.name,

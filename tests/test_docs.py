@@ -201,6 +201,22 @@ def test_the_custom_loop_prints_the_same_on_one_and_on_four_ranks(
     assert len(printed) == 2 and printed[0] == printed[1]
 
 
+def test_refusals_are_as_quoted() -> None:
+    """The block of parallelism.md: flags, then what one rank is told, continued on deeper lines."""
+    text = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    block = re.search(r"^    --.*?\n\n", text, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    quoted = [" ".join(entry.split()) for entry in re.split(r"^    (?=--)", block[0], flags=re.MULTILINE) if entry]
+    example = load(ROOT / "examples" / "pretrain_gpt.py")
+    for entry in quoted:
+        flag, value, message = entry.replace("(one rank) ", "").split(" ", 2)
+        run, _ = parse_run_config([flag, value], defaults=example.DEFAULTS, extra=example.add_arguments)
+        with pytest.raises(ValueError) as error:
+            check_run(run, get_preset("tiny"), 1)
+        assert str(error.value) == message
+    assert len(quoted) == 5
+
+
 def test_not_run_names_commands_that_exist() -> None:
     every = [command for page in PAGES for command in commands(page)]
     assert [start for start in NOT_RUN if not any(command.startswith(start) for command in every)] == []
