@@ -1,4 +1,7 @@
-"""The benchmark's worker for Hugging Face transformers on one rank: LlamaForCausalLM, SDPA, torch's fused AdamW."""
+"""The benchmark's worker for Hugging Face transformers on one rank: LlamaForCausalLM, SDPA, torch's fused AdamW.
+
+Its initial weights are scaled as ours are (transformers does not do it), so that the losses of both are comparable.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ def main() -> None:
     parser.add_argument("--shape", type=json.loads, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--optimizer", choices=("fused", "foreach"), default="fused")
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
+    parser.add_argument("--compile", action="store_true", help="run the model through torch.compile (a C++ compiler)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
@@ -35,9 +40,12 @@ def main() -> None:
         max_position_embeddings=shape["seq"],
         tie_word_embeddings=False,
         use_cache=False,
-        attn_implementation="sdpa",
+        rms_norm_eps=1e-5,
+        attn_implementation=args.attention,
     )
     model = LlamaForCausalLM(config)
+    scale_residual_weights(model)
+    forward = torch.compile(model) if args.compile else model
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, **{args.optimizer: True}
     )
@@ -49,7 +57,7 @@ def main() -> None:
     def step() -> float:
         total = 0.0
         for input_ids, labels in microbatches:
-            logits = model(input_ids=input_ids).logits
+            logits = forward(input_ids=input_ids).logits
             loss = torch.nn.functional.cross_entropy(logits.view(-1, shape["vocab"]), labels) / len(microbatches)
             loss.backward()
             total += loss.item()
@@ -61,6 +69,14 @@ def main() -> None:
     for _ in range(2):
         step()
     serve(args.folder, rank=0, step=step, barrier=lambda: None)
+
+
+def scale_residual_weights(model: LlamaForCausalLM) -> None:
+    """Divide what adds to the residual stream by sqrt(2 * layers) (GPT-2, section 2.3), as our model starts out."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.div_((2 * model.config.num_hidden_layers) ** 0.5)
 
 
 if __name__ == "__main__":
