@@ -115,8 +115,9 @@ def start_process_group(
 
 
 def stop_process_group() -> None:
-    """Leaves the job, if there is one."""
+    """Leaves the job, if there is one, together with all its ranks. A collective."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -77,6 +77,11 @@ def end_failure(info: LaunchInfo, error: Exception) -> NoReturn:
     _leave(info, 1)
 
 
+def end_well(info: LaunchInfo, code: int) -> NoReturn:
+    """One of several ranks leaves past destructors: those of communication threads abort a finished process at times."""
+    _leave(info, code)
+
+
 def end_interrupt(info: LaunchInfo) -> NoReturn:
     """Ctrl-C reaches every rank: one word for all, exit code 130."""
     _say("interrupted\n" if info.rank == 0 else "")

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from megallm.runtime.environment import LaunchInfo, launch_info
-from megallm.runtime.failure import end_failure, end_interrupt, end_usage_error
+from megallm.runtime.failure import end_failure, end_interrupt, end_usage_error, end_well
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         end_usage_error(LaunchInfo(), error)
     try:
         code = main()
+        if "megallm.parallel.mesh" in sys.modules:  # else no rank can have talked to another
+            sys.modules["megallm.parallel.mesh"].stop_process_group()
     except UsageError as error:
         end_usage_error(info, error)
     except KeyboardInterrupt:
@@ -80,7 +82,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         os._exit(0)
     except Exception as error:
         end_failure(info, error)
-    sys.exit(code or 0)
+    end_well(info, code or 0)
 
 
 def device_for(local_rank: int, *, local_world_size: int | None = None) -> torch.device:
