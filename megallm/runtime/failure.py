@@ -78,7 +78,7 @@ def end_failure(info: LaunchInfo, error: Exception) -> NoReturn:
 
 
 def end_well(info: LaunchInfo, code: int) -> NoReturn:
-    """One of several ranks leaves past destructors: those of communication threads abort a finished process at times."""
+    """One of several ranks leaves past destructors: those of communication threads abort it now and then."""
     _leave(info, code)
 
 
