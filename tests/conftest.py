@@ -1,9 +1,14 @@
-"""Session-wide set-up: one torch thread in the test process, and no rank left behind."""
+"""Session-wide set-up: interpreted kernels, one torch thread in the test process, and no rank left behind."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before any kernel is imported: triton decides then whether to interpret
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from megallm.testing.pool import close_pools
 

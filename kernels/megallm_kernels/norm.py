@@ -1,0 +1,284 @@
+"""RMSNorm and LayerNorm over the last dimension, forward and backward, alone or after a residual addition.
+
+    s = x + residual                         (the fused form; s is returned as the new residual, in x's dtype)
+    rms_norm    y = s r w                    r = 1 / sqrt(mean(s^2) + eps)          (arXiv 1910.07467)
+    layer_norm  y = (s - m) r w + b          m = mean(s), r = 1 / sqrt(var(s) + eps)   (arXiv 1607.06450)
+
+    u = (s - m) r,  g = dy w:    ds = r (g - u mean(g u) - mean(g)) + dnew_residual      (no mean(g) term for RMSNorm)
+    dw = sum over rows of dy u,  db = sum over rows of dy
+
+Bytes per element in bf16: forward 4 (8 with the addition), backward 6 (8 with it); FLOPs do not matter.
+Tiling: a program holds ROWS whole rows in registers, [ROWS, BLOCK] with BLOCK the power of two at or above H. Backward is
+persistent: a fixed number of programs walk over the rows, each keeps its sums of dw and db and writes one row of a
+[programs, H] buffer, which is then summed: no atomics, so the result does not depend on timing.
+Every accumulator and statistic is fp32; a result is rounded once, when it is stored.
+int64: row numbers are widened before they meet a stride; offsets inside a row stay int32 (H < 2^31).
+
+Letters: R rows = R0 * R1 (see rows.py), H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from megallm_kernels.device import target_of
+from megallm_kernels.rows import as_rows, next_power_of_2
+
+MAX_HIDDEN = 32768
+"""Longest row: beyond it one program's registers no longer hold a row (plain Triton has no cluster reduction)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Settings of one launch."""
+
+    rows: int
+    """Rows a program holds at a time (ROWS)."""
+    block: int
+    """Columns of the tile (BLOCK), a power of two."""
+    num_warps: int
+    programs_per_sm: int
+    """Of the persistent backward."""
+
+
+# (largest BLOCK, elements a tile, warps, programs per multiprocessor in backward); 16 bytes a thread and access.
+_FORWARD = ((256, 2048, 4, 0), (1024, 2048, 4, 0), (4096, 4096, 8, 0), (8192, 8192, 8, 0), (32768, 32768, 16, 0))
+_BACKWARD = ((256, 1024, 4, 8), (1024, 2048, 4, 4), (4096, 4096, 8, 2), (8192, 8192, 16, 1), (32768, 32768, 32, 1))
+
+
+def plan(hidden_size: int, *, backward: bool) -> Launch:
+    """Launch settings for rows of `hidden_size` elements; ValueError if one row is too long."""
+    block = next_power_of_2(hidden_size)
+    for largest, elements, num_warps, programs_per_sm in _BACKWARD if backward else _FORWARD:
+        if block <= largest:
+            rows = max(elements // block, 1)
+            return Launch(rows=rows, block=block, num_warps=num_warps, programs_per_sm=programs_per_sm)
+    raise ValueError(f"hidden size {hidden_size} is over {MAX_HIDDEN}, the longest row of this kernel: use torch's norm")
+
+
+@triton.jit
+def forward_kernel(
+    x, residual, weight, bias, y, new_residual, mean, rstd,
+    num_rows, hidden, x_inner_rows, x_outer, x_inner, residual_inner_rows, residual_outer, residual_inner, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTERED: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows. CENTERED: LayerNorm. ADD: x + residual first."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row < num_rows)[:, None] & (column < hidden)[None, :]
+    at = (row // x_inner_rows * x_outer + row % x_inner_rows * x_inner)[:, None] + column
+    s = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    out = row[:, None] * hidden + column
+    if ADD:
+        at = (row // residual_inner_rows * residual_outer + row % residual_inner_rows * residual_inner)[:, None] + column
+        s += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = s.to(new_residual.dtype.element_ty)
+        tl.store(new_residual + out, rounded, mask=inside)
+        s = rounded.to(tl.float32)  # backward sees the stored sum, so forward normalises the same numbers
+    if CENTERED:
+        m = tl.sum(s, axis=1) / hidden
+        tl.store(mean + row, m, mask=row < num_rows)
+        s = tl.where(inside, s - m[:, None], 0.0)
+    r = 1.0 / tl.sqrt(tl.sum(s * s, axis=1) / hidden + tl.cast(eps, tl.float32))
+    tl.store(rstd + row, r, mask=row < num_rows)
+    w = tl.load(weight + column, mask=column < hidden, other=0.0).to(tl.float32)
+    result = s * r[:, None] * w[None, :]
+    if CENTERED:
+        result += tl.load(bias + column, mask=column < hidden, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + out, result.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    dy, x, weight, mean, rstd, dnew_residual, dx, dweight, dbias,
+    num_rows, hidden, x_inner_rows, x_outer, x_inner, dy_inner_rows, dy_outer, dy_inner, dres_inner_rows, dres_outer,
+    dres_inner, ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTERED: tl.constexpr, ADD: tl.constexpr,
+    NEEDS_DWEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Program p walks over tiles p, p + programs, ...; writes row p of dweight and dbias [programs, H] fp32."""
+    column = tl.arange(0, BLOCK)
+    in_row = column < hidden
+    w = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK], dtype=tl.float32)
+    db = tl.zeros([BLOCK], dtype=tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        in_rows = row < num_rows
+        inside = in_rows[:, None] & in_row[None, :]
+        at = (row // x_inner_rows * x_outer + row % x_inner_rows * x_inner)[:, None] + column
+        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        at = (row // dy_inner_rows * dy_outer + row % dy_inner_rows * dy_inner)[:, None] + column
+        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(rstd + row, mask=in_rows, other=0.0)
+        if CENTERED:
+            u = tl.where(inside, u - tl.load(mean + row, mask=in_rows, other=0.0)[:, None], 0.0)
+        u *= r[:, None]
+        if NEEDS_DWEIGHT:
+            dw += tl.sum(g * u, axis=0)
+            if CENTERED:
+                db += tl.sum(g, axis=0)
+        g *= w[None, :]
+        ds = g - u * (tl.sum(g * u, axis=1) / hidden)[:, None]
+        if CENTERED:
+            ds -= (tl.sum(g, axis=1) / hidden)[:, None]
+        ds *= r[:, None]
+        if ADD:
+            at = (row // dres_inner_rows * dres_outer + row % dres_inner_rows * dres_inner)[:, None] + column
+            ds += tl.load(dnew_residual + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + row[:, None] * hidden + column, ds.to(dx.dtype.element_ty), mask=inside)
+    if NEEDS_DWEIGHT:
+        at = tl.program_id(0) * hidden + column
+        tl.store(dweight + at, dw, mask=in_row)
+        if CENTERED:
+            tl.store(dbias + at, db, mask=in_row)
+
+
+_Outputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
+
+
+def _strides(rows: torch.Tensor) -> tuple[int, int, int]:
+    return rows.size(1), rows.stride(0), rows.stride(1)
+
+
+def forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, residual: torch.Tensor | None = None
+) -> _Outputs:
+    """(y, new residual, mean [R] or [0], rstd [R] fp32) of x [..., H]; LayerNorm where a bias [H] is given."""
+    hidden = x.size(-1)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    new_residual = None if residual is None else torch.empty_like(y)
+    num_rows = y.numel() // max(hidden, 1)
+    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    mean = rstd.new_empty(0 if bias is None else num_rows)
+    launch = plan(hidden, backward=False)
+    if y.numel() == 0:
+        return y, new_residual, mean, rstd
+    rows = as_rows(x)
+    added = rows if residual is None else as_rows(residual)
+    forward_kernel[(triton.cdiv(num_rows, launch.rows),)](
+        rows, added, weight, weight if bias is None else bias, y, y if new_residual is None else new_residual, mean,
+        rstd, num_rows, hidden, *_strides(rows), *_strides(added), eps,
+        ROWS=launch.rows, BLOCK=launch.block, CENTERED=bias is not None, ADD=residual is not None,
+        num_warps=launch.num_warps,
+    )  # fmt: skip
+    return y, new_residual, mean, rstd
+
+
+def backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, *,
+    centered: bool, dnew_residual: torch.Tensor | None, needs_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dx [..., H], dweight, dbias) for the x that was normalised; the last two [0] where not needed."""
+    hidden, num_rows = x.size(-1), rstd.numel()
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch = plan(hidden, backward=True)
+    num_programs = min(triton.cdiv(num_rows, launch.rows), target_of(x).num_sms * launch.programs_per_sm)
+    partial = torch.empty((2, num_programs if needs_dweight else 0, hidden), dtype=torch.float32, device=x.device)
+    if num_rows:
+        rows, drows = as_rows(x), as_rows(dy)
+        dres = drows if dnew_residual is None else as_rows(dnew_residual)
+        backward_kernel[(num_programs,)](
+            drows, rows, weight, mean, rstd, dres, dx, partial[0], partial[1],
+            num_rows, hidden, *_strides(rows), *_strides(drows), *_strides(dres),
+            ROWS=launch.rows, BLOCK=launch.block, CENTERED=centered, ADD=dnew_residual is not None,
+            NEEDS_DWEIGHT=needs_dweight, num_warps=launch.num_warps,
+        )  # fmt: skip
+    if not needs_dweight:
+        return dx, weight.new_empty(0), weight.new_empty(0)
+    dweight = partial[0].sum(0).to(weight.dtype)
+    return dx, dweight, partial[1].sum(0).to(weight.dtype) if centered else weight.new_empty(0)
+
+
+@torch.library.custom_op("megallm_kernels::norm", mutates_args=())
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, mean, rstd): RMSNorm of x [..., H] without a bias, LayerNorm with one. Differentiable in y."""
+    y, _, mean, rstd = forward(x, weight, bias, eps)
+    return y, mean, rstd
+
+
+@torch.library.custom_op("megallm_kernels::add_norm", mutates_args=())
+def add_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, new residual, mean, rstd): the norm of new residual = x + residual. Differentiable in the first two."""
+    y, new_residual, mean, rstd = forward(x, weight, bias, eps, residual)
+    assert new_residual is not None
+    return y, new_residual, mean, rstd
+
+
+@torch.library.custom_op("megallm_kernels::norm_backward", mutates_args=())
+def norm_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, centered: bool,
+    dnew_residual: torch.Tensor | None, needs_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dx, dweight, dbias); see `backward`."""
+    return backward(
+        dy, x, weight, mean, rstd, centered=centered, dnew_residual=dnew_residual, needs_dweight=needs_dweight
+    )
+
+
+def _fake_stats(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rows = x.numel() // x.size(-1)
+    rstd = x.new_empty(num_rows, dtype=torch.float32)
+    return x.new_empty(0 if bias is None else num_rows, dtype=torch.float32), rstd
+
+
+def _fake_like(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@norm.register_fake
+def _norm_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> Any:
+    return (_fake_like(x), *_fake_stats(x, bias))
+
+
+@add_norm.register_fake
+def _add_norm_fake(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> Any:
+    return (_fake_like(x), _fake_like(x), *_fake_stats(x, bias))
+
+
+@norm_backward.register_fake
+def _norm_backward_fake(dy, x, weight, mean, rstd, centered, dnew_residual, needs_dweight) -> Any:  # type: ignore[no-untyped-def]
+    hidden = x.size(-1)
+    dweight = weight.new_empty(hidden if needs_dweight else 0)
+    return _fake_like(x), dweight, weight.new_empty(hidden if needs_dweight and centered else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    """Of both forms: what was normalised, the weight and the statistics."""
+    weight, bias = inputs[-3], inputs[-2]
+    normalised = inputs[0] if len(inputs) == 4 else output[1]
+    ctx.save_for_backward(normalised, weight, *output[-2:])
+    ctx.centered = bias is not None
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dy: torch.Tensor | None, dnew_residual: torch.Tensor | None) -> tuple[Any, Any, Any]:
+    x, weight, mean, rstd = ctx.saved_tensors
+    if dy is None:  # only the residual was used
+        return dnew_residual, None, None
+    needs_dweight = any(ctx.needs_input_grad[-3:-1])
+    dx, dw, db = norm_backward(dy, x, weight, mean, rstd, ctx.centered, dnew_residual, needs_dweight)
+    return dx, dw if needs_dweight else None, db if needs_dweight and ctx.centered else None
+
+
+def _norm_grad(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    return (*_gradients(ctx, dy, None), None)
+
+
+def _add_norm_grad(ctx: Any, dy: torch.Tensor | None, dnew_residual: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    dx, dw, db = _gradients(ctx, dy, dnew_residual)
+    return dx, dx, dw, db, None
+
+
+norm.register_autograd(_norm_grad, setup_context=_save)
+add_norm.register_autograd(_add_norm_grad, setup_context=_save)
