@@ -29,7 +29,7 @@ import triton.language as tl
 from megallm_kernels.device import target_of
 from megallm_kernels.rows import as_rows, next_power_of_2
 
-MAX_HIDDEN = 32768
+MAX_HIDDEN = 16384
 """Longest row: beyond it one program's registers no longer hold a row (plain Triton has no cluster reduction)."""
 
 
@@ -47,8 +47,8 @@ class Launch:
 
 
 # (largest BLOCK, elements a tile, warps, programs per multiprocessor in backward); 16 bytes a thread and access.
-_FORWARD = ((256, 2048, 4, 0), (1024, 2048, 4, 0), (4096, 4096, 8, 0), (8192, 8192, 8, 0), (32768, 32768, 16, 0))
-_BACKWARD = ((256, 1024, 4, 8), (1024, 2048, 4, 4), (4096, 4096, 8, 2), (8192, 8192, 16, 1), (32768, 32768, 32, 1))
+_FORWARD = ((1024, 2048, 4, 0), (4096, 4096, 8, 0), (8192, 8192, 8, 0), (16384, 16384, 16, 0))
+_BACKWARD = ((256, 1024, 4, 8), (1024, 2048, 4, 4), (4096, 4096, 8, 2), (8192, 8192, 16, 1), (16384, 16384, 32, 1))
 
 
 def plan(hidden_size: int, *, backward: bool) -> Launch:
@@ -106,7 +106,8 @@ def backward_kernel(
     w = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK], dtype=tl.float32)
     db = tl.zeros([BLOCK], dtype=tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+    # disable_licm: addresses computed ahead of the loop would take registers that the longest rows need
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), disable_licm=True):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         in_rows = row < num_rows
         inside = in_rows[:, None] & in_row[None, :]
@@ -122,15 +123,18 @@ def backward_kernel(
             dw += tl.sum(g * u, axis=0)
             if CENTERED:
                 db += tl.sum(g, axis=0)
+        if BLOCK > 8192:  # the longest rows fill the registers: take the weight from the cache again
+            w = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
         g *= w[None, :]
         ds = g - u * (tl.sum(g * u, axis=1) / hidden)[:, None]
         if CENTERED:
             ds -= (tl.sum(g, axis=1) / hidden)[:, None]
         ds *= r[:, None]
-        if ADD:
+        if ADD:  # loaded last: a row of it held from the start would spill
             at = (row // dres_inner_rows * dres_outer + row % dres_inner_rows * dres_inner)[:, None] + column
             ds += tl.load(dnew_residual + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + row[:, None] * hidden + column, ds.to(dx.dtype.element_ty), mask=inside)
+        at = (row * hidden)[:, None] + column
+        tl.store(dx + at, ds.to(dx.dtype.element_ty), mask=inside)
     if NEEDS_DWEIGHT:
         at = tl.program_id(0) * hidden + column
         tl.store(dweight + at, dw, mask=in_row)

@@ -78,6 +78,8 @@ def _one_op(op: str, pool: ProcessPoolExecutor, *, write: bool, check: bool) -> 
 def faults(case: CompileCase, arch: int, found: dict[str, Any]) -> list[str]:
     """What no kernel may do, whatever its budget."""
     out = []
+    if found["stack_bytes"]:
+        out.append(f"registers spill: stack of {found['stack_bytes']} bytes")
     if found["shared_bytes"] > SHARED_LIMIT_BYTES[arch]:
         out.append(f"shared memory {found['shared_bytes']} is over the limit {SHARED_LIMIT_BYTES[arch]}")
     expected = {"HGMMA" if arch == 90 else "HMMA"} if case.tensor_cores else set()
