@@ -38,7 +38,10 @@ def token_logprobs(
     logits: torch.Tensor, labels: torch.Tensor, *, vocab_size: int | None = None, ignore_index: int = IGNORE_INDEX,
     with_entropy: bool = False, inplace_backward: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(log p(label) [T], entropy of p [T] or None), fp32, differentiable; 0 for ignored tokens. Else `cross_entropy`."""
+    """(log p(label) [T], entropy of p [T] or None), fp32, differentiable; 0 for ignored tokens.
+
+    Arguments as of `cross_entropy`.
+    """
     form = _InPlace.apply if inplace_backward else token_losses
     size = logits.size(-1) if vocab_size is None else vocab_size
     loss, _, entropy = form(logits, labels, size, ignore_index, 0.0, 0.0, with_entropy)
@@ -58,7 +61,7 @@ def statistics(
 
 
 @statistics.register_fake
-def _statistics_fake(logits, labels, *, first_column=0, valid_columns=None, ignore_index=-100, with_entropy=False) -> Any:  # type: ignore[no-untyped-def]  # fmt: skip
+def _statistics_fake(logits, labels, *, with_entropy=False, **_: Any) -> Any:  # type: ignore[no-untyped-def]
     num_rows = logits.size(0)
     row_max = logits.new_empty(num_rows, dtype=torch.float32)
     return row_max, row_max.new_empty((4 if with_entropy else 3, num_rows))
@@ -77,23 +80,22 @@ def losses(
 
 
 @losses.register_fake
-def _losses_fake(row_max, sums, labels, *, vocab_size, ignore_index=-100, label_smoothing=0.0, z_loss=0.0) -> Any:  # type: ignore[no-untyped-def]  # fmt: skip
+def _losses_fake(row_max, sums, labels, **_: Any) -> Any:  # type: ignore[no-untyped-def]
     num_entropies = row_max.size(0) if sums.size(0) == 4 else 0
     return torch.empty_like(row_max), torch.empty_like(row_max), row_max.new_empty(num_entropies)
 
 
 @torch.library.custom_op("megallm_kernels::cross_entropy_gradient_", mutates_args={"logits"})
 def gradient_(
-    logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, dloss: torch.Tensor, *, vocab_size: int,
-    first_column: int = 0, valid_columns: int | None = None, ignore_index: int = IGNORE_INDEX,
-    label_smoothing: float = 0.0, z_loss: float = 0.0, dlse: torch.Tensor | None = None,
-    entropy: torch.Tensor | None = None, dentropy: torch.Tensor | None = None,
+    logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, dloss: torch.Tensor,
+    dlse: torch.Tensor | None = None, entropy: torch.Tensor | None = None, dentropy: torch.Tensor | None = None, *,
+    vocab_size: int, first_column: int = 0, valid_columns: int | None = None, ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0, z_loss: float = 0.0,
 ) -> None:  # fmt: skip
     """Overwrites the logits [T, V'] with their gradient; see `cross_entropy_kernels.gradient_`."""
     kernels.gradient_(
-        logits, labels, lse, dloss, vocab_size=vocab_size, first_column=first_column, valid_columns=valid_columns,
-        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, dlse=dlse, entropy=entropy,
-        dentropy=dentropy,
+        logits, labels, lse, dloss, dlse, entropy, dentropy, vocab_size=vocab_size, first_column=first_column,
+        valid_columns=valid_columns, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
     )  # fmt: skip
 
 
@@ -113,10 +115,10 @@ def token_losses(
 
 
 @token_losses.register_fake
-def _token_losses_fake(logits, labels, vocab_size, ignore_index, label_smoothing, z_loss, with_entropy) -> Any:  # type: ignore[no-untyped-def]  # fmt: skip
+def _token_losses_fake(logits, *rest: Any) -> Any:  # type: ignore[no-untyped-def]
     num_rows = logits.size(0)
     loss = logits.new_empty(num_rows, dtype=torch.float32)
-    return loss, torch.empty_like(loss), loss.new_empty(num_rows if with_entropy else 0)
+    return loss, torch.empty_like(loss), loss.new_empty(num_rows if rest[-1] else 0)
 
 
 @torch.library.custom_op("megallm_kernels::token_losses_backward", mutates_args=())
@@ -127,8 +129,8 @@ def token_losses_backward(
 ) -> torch.Tensor:  # fmt: skip
     """The gradient of the logits, in a new tensor [T, V']."""
     return kernels.gradient_(
-        logits, labels, lse, dloss, vocab_size=vocab_size, valid_columns=vocab_size, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, z_loss=z_loss, dlse=dlse, entropy=entropy, dentropy=dentropy,
+        logits, labels, lse, dloss, dlse, entropy, dentropy, vocab_size=vocab_size, valid_columns=vocab_size,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
         out=torch.empty(logits.shape, dtype=logits.dtype, device=logits.device),
     )  # fmt: skip
 
@@ -179,8 +181,7 @@ class _InPlace(torch.autograd.Function):
         dloss, dlse, dentropy = _incoming(ctx, lse, grads)  # type: ignore[arg-type]
         vocab_size, ignore_index, label_smoothing, z_loss = ctx.settings
         gradient_(
-            logits, labels, lse, dloss, vocab_size=vocab_size, valid_columns=vocab_size, ignore_index=ignore_index,
-            label_smoothing=label_smoothing, z_loss=z_loss, dlse=dlse, entropy=entropy if ctx.with_entropy else None,
-            dentropy=dentropy,
+            logits, labels, lse, dloss, dlse, entropy, dentropy, vocab_size=vocab_size, valid_columns=vocab_size,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
         )  # fmt: skip
         return logits, *[None] * 6

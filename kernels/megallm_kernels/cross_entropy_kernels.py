@@ -24,8 +24,8 @@ noticed: its logit counts as 0.
 Bytes per logit in bf16: statistics 2, gradient 4; FLOPs do not matter, exponentials come near: one per logit and pass.
 Statistics: a program walks over whole rows, a tile [ROWS, LANES, VECTOR] at a time. A thread keeps the max and the sums
 of the lanes it owns (VECTOR = 16 bytes), so the walk has no barrier and one extra exponential per VECTOR; lanes meet
-after the last tile. Gradient: one program per tile [ROWS, BLOCK]. The label's own gradient is one fp32 expression, never
-read back from the stored rounding.
+after the last tile. Gradient: one program per tile [ROWS, BLOCK]. The label's own gradient is one fp32 expression,
+never read back from the stored rounding.
 Every statistic and accumulator is fp32. int64: row numbers are widened before they meet a stride; a row's own offsets
 stay int32 (V' < 2^31). No atomics: two runs agree to the bit.
 
@@ -59,10 +59,10 @@ class Launch:
     num_warps: int
 
 
-# By architecture, 0 = the interpreter: (largest V', ROWS, most BLOCK, warps). 32 elements a thread keep 64 bytes each
-# under way in few enough registers for 24 warps on a multiprocessor; beyond 32768 columns a tile would spill.
-_SMALL = ((256, 16, 256, 4), (512, 8, 512, 4), (1024, 4, 1024, 4), (2048, 2, 2048, 4))
-_GPU = (*_SMALL, (16384, 1, 4096, 4), (1 << 31, 1, 8192, 8))
+# By architecture, 0 = the interpreter: (largest V', ROWS, most BLOCK, warps). Statistics: 16 elements a thread take 40
+# registers in bf16, so 48 warps of a multiprocessor have 32 bytes a thread under way; 32 elements take 105.
+_SMALL = ((256, 8, 256, 4), (512, 4, 512, 4), (1024, 2, 1024, 4))
+_GPU = (*_SMALL, (16384, 1, 2048, 4), (1 << 31, 1, 4096, 8))
 _STATISTICS = {0: ((1 << 31, 16, 256, 4),), 80: _GPU, 90: _GPU}
 _GRADIENT = {0: ((1 << 31, 16, 256, 4),), 80: (*_SMALL, (1 << 31, 1, 4096, 4)), 90: (*_SMALL, (1 << 31, 1, 4096, 4))}
 
@@ -77,8 +77,8 @@ def plan(columns: int, *, arch: int, gradient: bool) -> Launch:
 
 
 @triton.jit
-def _add_tile(x, shown, top, total, label_free, weighted, MASKED: tl.constexpr, ENTROPY: tl.constexpr):
-    """The lanes' max, sum of exp, sum and sum of exp times (x - max), after another tile x [ROWS, LANES, VECTOR]."""
+def _add_tile(x, shown, top, total, plain, weighted, MASKED: tl.constexpr, ENTROPY: tl.constexpr):
+    """The lanes' max, sum of exp, sum of x and sum of exp (x - max), after another tile x [ROWS, LANES, VECTOR]."""
     seen = tl.where(shown, x, float("-inf")) if MASKED else x
     new_top = tl.maximum(top, tl.max(seen, axis=2))
     distance = seen - new_top[:, :, None]
@@ -86,10 +86,10 @@ def _add_tile(x, shown, top, total, label_free, weighted, MASKED: tl.constexpr, 
     shrink = tl.exp(top - new_top)
     if ENTROPY:
         weighted = shrink * (weighted + total * (top - new_top))
-        weighted += tl.sum(tl.where(e > 0, e * distance, 0.0), axis=2)  # e = 0: x may be -inf
+        weighted += tl.sum(e * tl.where(e == 0, 0.0, distance), axis=2)  # e = 0: x may be -inf
     total = total * shrink + tl.sum(e, axis=2)
-    label_free += tl.sum(tl.where(shown, x, 0.0) if MASKED else x, axis=2)
-    return new_top, total, label_free, weighted
+    plain += tl.sum(tl.where(shown, x, 0.0) if MASKED else x, axis=2)
+    return new_top, total, plain, weighted
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_column", "valid_columns", "ignore_index", "sums_stride"])
@@ -110,17 +110,17 @@ def statistics_kernel(
     tile = logits + (row * row_stride)[:, None, None] + in_tile
     top = tl.full([ROWS, LANES], LOWEST, dtype=tl.float32)
     total = tl.zeros([ROWS, LANES], dtype=tl.float32)
-    label_free = tl.zeros([ROWS, LANES], dtype=tl.float32)
+    plain = tl.zeros([ROWS, LANES], dtype=tl.float32)
     weighted = tl.zeros([ROWS, LANES], dtype=tl.float32)
-    whole = valid // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    last = tl.maximum(valid - 1, 0) // BLOCK * BLOCK
+    for start in range(0, last, BLOCK):
         x = tl.load(tile + start).to(tl.float32)
-        top, total, label_free, weighted = _add_tile(x, True, top, total, label_free, weighted, False, ENTROPY)
-    if whole < valid:
-        column = whole + in_tile  # padding is loaded too: a mask at V' keeps wide loads whatever the vocabulary is
-        x = tl.load(tile + whole, mask=column < columns, other=0.0).to(tl.float32)
-        shown = column < valid
-        top, total, label_free, weighted = _add_tile(x, shown, top, total, label_free, weighted, True, ENTROPY)
+        top, total, plain, weighted = _add_tile(x, True, top, total, plain, weighted, False, ENTROPY)
+    # The last tile always runs (behind an `if`, Triton 3.6 fails to compile the loop). Its padding is loaded too: a
+    # mask at V' keeps wide loads whatever the vocabulary is.
+    column = last + in_tile
+    x = tl.load(tile + last, mask=column < tl.where(valid > 0, columns, 0), other=0.0).to(tl.float32)
+    top, total, plain, weighted = _add_tile(x, column < valid, top, total, plain, weighted, True, ENTROPY)
 
     highest = tl.max(top, axis=1)
     below = top - highest[:, None]
@@ -133,7 +133,7 @@ def statistics_kernel(
     mine = active & (local >= 0) & (local < valid_columns)
     at_label = tl.load(logits + row * row_stride + local, mask=mine, other=0.0).to(tl.float32)
     tl.store(out + sums_stride, at_label, mask=in_rows)
-    tl.store(out + 2 * sums_stride, tl.where(active, tl.sum(label_free, axis=1), 0.0), mask=in_rows)
+    tl.store(out + 2 * sums_stride, tl.where(active, tl.sum(plain, axis=1), 0.0), mask=in_rows)
     if ENTROPY:
         mean = tl.sum(shrink * (weighted + total * below), axis=1)
         tl.store(out + 3 * sums_stride, tl.where(active, mean, 0.0), mask=in_rows)
@@ -201,7 +201,7 @@ def gradient_kernel(
     g = p * of_p[:, None] - constant[:, None] - tl.where(is_label, (scale * (1.0 - e))[:, None], 0.0)
     if DENTROPY:
         spread = log_p + tl.load(entropy + row, mask=active, other=0.0)[:, None]
-        g -= of_entropy[:, None] * tl.where(p > 0, p * spread, 0.0)  # p = 0: log p may be -inf
+        g -= of_entropy[:, None] * p * tl.where(p == 0, 0.0, spread)  # p = 0: log p may be -inf
     g = tl.where(needed[:, None] & (column < valid_columns)[None, :], g, 0.0)
     at = dlogits + (row * drow_stride)[:, None] + column
     tl.store(at, g.to(dlogits.dtype.element_ty), mask=in_rows[:, None] & in_row)
@@ -216,7 +216,7 @@ def statistics(
 
     sum_exp (of exp(x - row_max)), label_logit (0 where the label is on another rank), sum_logits and, with the entropy,
     weighted (of exp(x - row_max) (x - row_max)). labels [T] are ids of the whole vocabulary. A rank without valid
-    columns, and any ignored token, has row_max = the lowest fp32 and sums 0. `out`: buffers to fill, [.., T] slices too.
+    columns, and any ignored token, has row_max = the lowest fp32 and sums 0. `out`: buffers to fill, slices too.
     """
     valid = _check(logits, labels, valid_columns)
     num_rows, columns = logits.shape
@@ -258,7 +258,7 @@ def losses(
     loss, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     entropy = row_max.new_empty(num_rows if with_entropy else 0)
     if num_rows:
-        block = 1024
+        block = 256
         losses_kernel[(triton.cdiv(num_rows, block),)](
             row_max, sums, labels, loss, lse, entropy if with_entropy else lse,
             num_rows, labels.stride(0), sums.stride(0), ignore_index, label_smoothing, float(vocab_size), z_loss,
@@ -268,10 +268,10 @@ def losses(
 
 
 def gradient_(
-    logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, dloss: torch.Tensor, *, vocab_size: int,
-    first_column: int = 0, valid_columns: int | None = None, ignore_index: int = IGNORE_INDEX,
-    label_smoothing: float = 0.0, z_loss: float = 0.0, dlse: torch.Tensor | None = None,
-    entropy: torch.Tensor | None = None, dentropy: torch.Tensor | None = None, out: torch.Tensor | None = None,
+    logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, dloss: torch.Tensor,
+    dlse: torch.Tensor | None = None, entropy: torch.Tensor | None = None, dentropy: torch.Tensor | None = None, *,
+    vocab_size: int, first_column: int = 0, valid_columns: int | None = None, ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The gradient of the logits [T, V'], written over them (or into `out`): see the module's formula for dx.
 
@@ -283,7 +283,7 @@ def gradient_(
     if dentropy is not None and entropy is None:
         raise ValueError("dentropy without entropy: hand in the entropy [T] that `losses` gave")
     num_rows, columns = logits.shape
-    if out.size(1) > 1 and out.stride(1) != 1 or num_rows > 1 and out.stride(0) < columns:
+    if (columns > 1 and out.stride(1) != 1) or (num_rows > 1 and out.stride(0) < columns):
         raise ValueError(f"logits of strides {tuple(out.stride())} cannot be overwritten: rows must not overlap")
     if logits.numel() == 0:
         return out

@@ -8,7 +8,7 @@
     dw = sum over rows of dy u,  db = sum over rows of dy
 
 Bytes per element in bf16: forward 4 (8 with the addition), backward 6 (8 with it); FLOPs do not matter.
-Tiling: a program holds ROWS whole rows in registers, [ROWS, BLOCK] with BLOCK the power of two at or above H. Backward is
+Tiling: a program holds ROWS whole rows in registers, [ROWS, BLOCK], BLOCK the power of two at or above H. Backward is
 persistent: a fixed number of programs walk over the rows, each keeps its sums of dw and db and writes one row of a
 [programs, H] buffer, which is then summed: no atomics, so the result does not depend on timing.
 Every accumulator and statistic is fp32; a result is rounded once, when it is stored.
@@ -58,13 +58,13 @@ def plan(hidden_size: int, *, backward: bool) -> Launch:
         if block <= largest:
             rows = max(elements // block, 1)
             return Launch(rows=rows, block=block, num_warps=num_warps, programs_per_sm=programs_per_sm)
-    raise ValueError(f"hidden size {hidden_size} is over {MAX_HIDDEN}, the longest row of this kernel: use torch's norm")
+    raise ValueError(f"hidden size {hidden_size} is over {MAX_HIDDEN}, the longest row of this kernel: use torch's")
 
 
 @triton.jit
 def forward_kernel(
     x, residual, weight, bias, y, new_residual, mean, rstd,
-    num_rows, hidden, x_inner_rows, x_outer, x_inner, residual_inner_rows, residual_outer, residual_inner, eps,
+    num_rows, hidden, x_inner_rows, x_outer, x_inner, res_inner_rows, res_outer, res_inner, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTERED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows. CENTERED: LayerNorm. ADD: x + residual first."""
@@ -75,7 +75,7 @@ def forward_kernel(
     s = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     out = row[:, None] * hidden + column
     if ADD:
-        at = (row // residual_inner_rows * residual_outer + row % residual_inner_rows * residual_inner)[:, None] + column
+        at = (row // res_inner_rows * res_outer + row % res_inner_rows * res_inner)[:, None] + column
         s += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
         rounded = s.to(new_residual.dtype.element_ty)
         tl.store(new_residual + out, rounded, mask=inside)

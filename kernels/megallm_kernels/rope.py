@@ -6,8 +6,8 @@
 Backward is the rotation by the opposite angle: the same kernel with sin negated (CONJUGATE).
 
 Bytes per element in bf16: 4 in place (the tables, shared by all heads, come from L2).
-Tiling: a program holds TOKENS x HEADS x R/2 pairs and loads each table row once for all its heads; x may be a slice of the
-packed qkv buffer (any strides of tokens and heads). The arithmetic is fp32, rounded once at the store.
+Tiling: a program holds TOKENS x HEADS x R/2 pairs and loads each table row once for all its heads; x may be a slice of
+the packed qkv buffer (any strides of tokens and heads). The arithmetic is fp32, rounded once at the store.
 int64: token numbers are widened before they meet a stride.
 
 Letters: T tokens, h heads, D head dim, R rotary dim, P rows of the tables, B documents.
@@ -54,7 +54,8 @@ def plan(num_heads: int, rotary_dim: int) -> Launch:
 def rope_kernel(
     x, out, cos, sin, positions, cu_seqlens, num_tokens, num_heads, num_documents,
     x_token, x_head, out_token, out_head,
-    half: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, ROW_SOURCE: tl.constexpr, CONJUGATE: tl.constexpr,
+    half: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, ROW_SOURCE: tl.constexpr,
+    CONJUGATE: tl.constexpr,
 ):  # fmt: skip
     """ROW_SOURCE: 0 = the token, 1 = positions, 2 = cu_seqlens. half = R/2, the tables' row length: as a constant, it
     lets the compiler prove that second halves are aligned (R/2 = 40 is a multiple of 8, not of 16).
@@ -122,7 +123,7 @@ def _check(
 ) -> None:  # fmt: skip
     if x.dim() != 3 or cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.size(1) > x.size(2):
         shapes = f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
-        raise ValueError(f"rope takes x [tokens, heads, head_dim] and equal tables [rows, rotary_dim / 2], got {shapes}")
+        raise ValueError(f"rope takes x [tokens, heads, head_dim], equal tables [rows, rotary_dim / 2], got {shapes}")
     if positions is not None and cu_seqlens is not None:
         raise ValueError("rope takes positions or cu_seqlens, not both")
     if positions is None and cu_seqlens is None and cos.size(0) < x.size(0):

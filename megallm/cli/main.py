@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "continue prompts with a model",
     "schedule": "show a pipeline schedule as text or picture, with its bubble",
     "presets": "list the model shapes that --model knows by name",
+    "doctor": "show this machine, and which back end each fused operation runs on",
 }
 _MODULES = {"eval": "evaluate"}
 

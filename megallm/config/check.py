@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from megallm.config.backends import parse_backends
 from megallm.config.checkpoint import CheckpointConfig
 from megallm.config.data import DataConfig
 from megallm.config.model import ModelConfig
@@ -32,6 +33,7 @@ AVAILABLE_PRECISIONS = ("fp32", "bf16", "fp64")
 
 def check_run(run: RunConfig, model: ModelConfig, world_size: int) -> list[str]:
     """Warnings about `run` of `model` on `world_size` ranks; ValueError for the first broken rule."""
+    parse_backends(run.backend)
     check_train(run.train)
     check_optim(run.optim, total_steps=run.train.steps)
     check_data(run.data)

@@ -20,6 +20,9 @@ class RunConfig:
     default."""
     from_scratch: bool = False
     """Take only the shape of the directory given as `model`, with new weights."""
+    backend: tuple[str, ...] = ()
+    """`operation=back end` items that force one, such as attention=triton rms_norm=torch; the others take the fastest
+    measured on the GPU at hand. `megallm doctor` lists them."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the model is laid over ranks."""
     train: TrainConfig = field(default_factory=TrainConfig)

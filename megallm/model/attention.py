@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from megallm.config.model import ModelConfig
 from megallm.model.context import TokenContext
 from megallm.model.parameters import ParameterFactory
-from megallm.ops.attention import attention
+from megallm.ops.attention import attention, rotary_attention
 from megallm.ops.norm import rms_norm
 from megallm.ops.rope import rope
 from megallm.parallel.linear import ColumnLinear, RowLinear
@@ -25,6 +25,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         config, tp = factory.config, factory.mesh.tp
         self._config, self._layer, self._recompute = config, layer, recompute
+        self._backends = factory.backends
         self._num_heads = config.num_attention_heads // tp.size
         self._num_kv_heads = max(config.num_key_value_heads // tp.size, 1)
         self._first_head = tp.rank * self._num_heads
@@ -65,24 +66,28 @@ class SelfAttention(nn.Module):
         self, qkv: torch.Tensor, context: TokenContext, rotary: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
         """[T, (N + 2K) D / t] -> [T, N D / t]: everything between the two projections."""
-        config = self._config
+        config, backends = self._config, self._backends
         heads, kv_heads, dim = self._num_heads, self._num_kv_heads, config.head_dim
         qkv = qkv.view(qkv.size(0), heads + 2 * kv_heads, dim)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        window = None if context.mask is not None else config.sliding_window
+        keep = _dropout_keep(config, context, self._layer, self._first_head, heads)
+        if self.q_norm is None and context.cache is None and context.mask is None and keep is None:
+            return rotary_attention(
+                qkv, rotary, num_heads=heads, batch_size=context.batch_size, sliding_window=window,
+                in_place=not self._recompute, backends=backends,
+            )  # fmt: skip
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(qk[:, :heads], self.q_norm, config.norm_eps)
-            k = rms_norm(qk[:, heads:], self.k_norm, config.norm_eps)
-            qk = torch.cat([q, k], dim=1)
+            q = rms_norm(q, self.q_norm, config.norm_eps, backends=backends)
+            k = rms_norm(k, self.k_norm, config.norm_eps, backends=backends)
         if rotary is not None:
-            qk = rope(qk, *rotary)
+            q, k = rope(q, *rotary, backends=backends), rope(k, *rotary, backends=backends)
         shape = (context.batch_size, context.seq_length, -1, dim)
-        q, k, v = qk[:, :heads].reshape(shape), qk[:, heads:].reshape(shape), v.reshape(shape)
+        q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
         if context.cache is not None:
             k, v = context.cache.update(self._layer, k, v)
-        mask = context.mask
-        window = None if mask is not None else config.sliding_window
-        keep = _dropout_keep(config, context, self._layer, self._first_head, heads)
-        out = attention(q, k, v, sliding_window=window, mask=mask, keep=None if keep is None else keep.to(q.dtype))
+        keep = None if keep is None else keep.to(q.dtype)
+        out = attention(q, k, v, sliding_window=window, mask=context.mask, keep=keep, backends=backends)
         return out.view(-1, heads * dim)
 
 

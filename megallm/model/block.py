@@ -3,6 +3,9 @@
     x = x + dropout(attention(norm(x)))
     x = x + dropout(mlp(norm(x)))
 
+Each addition is left to the norm that follows it, so that back ends can fuse the two: a block takes and gives a pair
+(x, residual) whose sum are the hidden states.
+
 Letters: T tokens, H hidden, t tp size; T' = T, or T/t under sequence parallelism.
 """
 
@@ -17,7 +20,7 @@ from megallm.model.attention import SelfAttention
 from megallm.model.context import TokenContext
 from megallm.model.mlp import MLP
 from megallm.model.parameters import ParameterFactory
-from megallm.ops.norm import layer_norm, rms_norm
+from megallm.ops.norm import add_norm, norm
 
 
 class Norm(nn.Module):
@@ -26,7 +29,7 @@ class Norm(nn.Module):
     def __init__(self, factory: ParameterFactory, name: str) -> None:
         super().__init__()
         config = factory.config
-        self._eps = config.norm_eps
+        self._eps, self._backends = config.norm_eps, factory.backends
         self.weight = factory.replicated(f"{name}.weight", (config.hidden_size,), init="ones")
         self.bias = None
         if config.norm == "layernorm":
@@ -34,9 +37,13 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T', H] -> [T', H]."""
-        if self.bias is None:
-            return rms_norm(x, self.weight, self._eps)
-        return layer_norm(x, self.weight, self.bias, self._eps)
+        return norm(x, self.weight, self.bias, self._eps, backends=self._backends)
+
+    def after(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of residual + x, residual + x), each [T', H], one fused operation; None = 0."""
+        if residual is None:
+            return self(x), x
+        return add_norm(x, residual, self.weight, self.bias, self._eps, backends=self._backends)
 
 
 class Block(nn.Module):
@@ -57,11 +64,24 @@ class Block(nn.Module):
         self._tp_rank = factory.mesh.tp.rank if factory.sequence_parallel else 0
 
     def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        context: TokenContext,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, residual) -> (x, residual), each [T', H]; the hidden states are residual + x (None = 0)."""
+        y, residual = self.input_layernorm.after(x, residual)
+        x = self._drop(self.self_attn(y, context, rotary), context, "attention_out")
+        y, residual = self.post_attention_layernorm.after(x, residual)
+        return self._drop(self.mlp(y), context, "mlp_out"), residual
+
+    def whole(
         self, x: torch.Tensor, context: TokenContext, rotary: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
-        """[T', H] -> [T', H]."""
-        x = x + self._drop(self.self_attn(self.input_layernorm(x), context, rotary), context, "attention_out")
-        return x + self._drop(self.mlp(self.post_attention_layernorm(x)), context, "mlp_out")
+        """[T', H] -> [T', H]: the last addition included, so that one tensor is kept where a layer is recomputed."""
+        x, residual = self(x, None, context, rotary)
+        return residual + x
 
     def _drop(self, x: torch.Tensor, context: TokenContext, place: str) -> torch.Tensor:
         return drop_hidden(x, context, self._dropout, layer=self._layer, place=place, tp_rank=self._tp_rank)

@@ -19,7 +19,7 @@ class MLP(nn.Module):
     def __init__(self, factory: ParameterFactory, *, layer: int, std_out: float) -> None:
         super().__init__()
         config, tp = factory.config, factory.mesh.tp
-        self._act, self._gated = config.hidden_act, config.gated_mlp
+        self._act, self._gated, self._backends = config.hidden_act, config.gated_mlp, factory.backends
         prefix, hidden, inner = f"model.layers.{layer}.mlp", config.hidden_size, config.intermediate_size
         parts = ["gate_proj", "up_proj"] if config.gated_mlp else ["up_proj"]
         self.gate_up_proj = ColumnLinear(
@@ -38,4 +38,5 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T', H] -> [T', H]."""
         inner = self.gate_up_proj(x)  # [T, 2F/t] = [gate | up], or [T, F/t]
-        return self.down_proj(gated(inner, self._act) if self._gated else activation(inner, self._act))
+        act = gated if self._gated else activation
+        return self.down_proj(act(inner, self._act, backends=self._backends))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megallm.config.model import ModelConfig
+from megallm.ops.backends import DEFAULT, Backends
 from megallm.parallel import random
 from megallm.parallel.layout import ParamSpec, Piece, shard_range, whole
 from megallm.parallel.mesh import Mesh
@@ -20,10 +21,19 @@ class ParameterFactory:
     """Creates parameters on one mesh in one dtype and remembers each one's spec."""
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh, *, dtype: torch.dtype, sequence_parallel: bool, tied_copies: bool
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        dtype: torch.dtype,
+        sequence_parallel: bool,
+        tied_copies: bool,
+        backends: Backends = DEFAULT,
     ) -> None:
         self.config = config
         self.mesh = mesh
+        self.backends = backends
+        """What the layers run their fused operations on."""
         self.sequence_parallel = sequence_parallel and mesh.tp.size > 1
         self.specs: dict[nn.Parameter, ParamSpec] = {}
         self._dtype = dtype

@@ -24,6 +24,7 @@ from megallm.model.block import Block, Norm, drop_hidden
 from megallm.model.context import TokenContext
 from megallm.model.parameters import ParameterFactory, initialize_
 from megallm.model.rotary import RotaryTable
+from megallm.ops.backends import DEFAULT, Backends
 from megallm.parallel.collectives import join_sequence, own_part
 from megallm.parallel.embedding import VocabEmbedding
 from megallm.parallel.layout import ParamSpec
@@ -50,7 +51,7 @@ class Stage(nn.Module):
         super().__init__()
         config, mesh = factory.config, factory.mesh
         self.config, self.is_first, self.is_last = config, is_first, is_last
-        self._mesh, self._sequence_parallel = mesh, factory.sequence_parallel
+        self._mesh, self._sequence_parallel, self._backends = mesh, factory.sequence_parallel, factory.backends
         self._recompute_layers = recompute == "full"
         if is_first:
             self.embed_tokens = VocabEmbedding(
@@ -96,12 +97,15 @@ class Stage(nn.Module):
         if self._rotary is not None:
             given = context.num_positions or self.config.max_position_embeddings
             rotary = self._rotary.lookup(context, context.seq_length if context.position_ids is None else given)
+        residual: torch.Tensor | None = None
         for block in self.layers.values():
             if self._recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, rotary, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block.whole, x, context, rotary, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, context, rotary)
-        return self._head(self.norm(x), context) if self.is_last else x
+                x, residual = block(x, residual, context, rotary)
+        if self.is_last:
+            return self._head(self.norm.after(x, residual)[0], context)
+        return x if residual is None else residual + x
 
     def _embed(self, input_ids: torch.Tensor, context: TokenContext) -> torch.Tensor:
         x = self.embed_tokens(input_ids)  # [T', H]
@@ -122,7 +126,10 @@ class Stage(nn.Module):
             if self._sequence_parallel:
                 values = join_sequence(values, self._mesh.tp)
             return values.view(context.batch_size, context.seq_length)
-        return VocabLogits(self.lm_head(x), vocab_size=self.config.vocab_size, tp=self._mesh.tp)
+        return VocabLogits(
+            None, vocab_size=self.config.vocab_size, tp=self._mesh.tp, backends=self._backends, hidden=x,
+            head=self.lm_head,
+        )  # fmt: skip
 
 
 class Transformer(nn.Module):
@@ -137,6 +144,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         sequence_parallel: bool | None = None,
         recompute: Recompute = "none",
+        backends: Backends = DEFAULT,
     ) -> None:
         """`partition[s]`: the layers of stage s, of all pp * virtual_stages stages of the pipeline."""
         super().__init__()
@@ -149,6 +157,7 @@ class Transformer(nn.Module):
             dtype=dtype,
             sequence_parallel=self.sequence_parallel,
             tied_copies=mesh.pp.size > 1 and config.head == "lm",
+            backends=backends,
         )
         self.stages = nn.ModuleDict()
         for stage in range(mesh.pp.rank, self.num_stages, mesh.pp.size):

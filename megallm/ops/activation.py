@@ -11,25 +11,39 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from megallm.ops.backends import DEFAULT, Backends
+
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 def gated_reference(gate_up: torch.Tensor, kind: Activation) -> torch.Tensor:
     """The specification: gate_up [T, 2F] -> [T, F]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return activation(gate, kind) * up
+    return _act(gate, kind) * up
 
 
-def activation(x: torch.Tensor, kind: Activation) -> torch.Tensor:
+def activation(x: torch.Tensor, kind: Activation, *, backends: Backends = DEFAULT) -> torch.Tensor:
     """act(x), elementwise."""
+    if backends.pick("activation", x, x.size(-1)) == "triton":
+        from megallm_kernels.activation import activation as triton_activation
+
+        return triton_activation(x, kind, False)
+    return _act(x, kind)
+
+
+def gated(gate_up: torch.Tensor, kind: Activation, *, backends: Backends = DEFAULT) -> torch.Tensor:
+    """act(gate) * up for gate_up [T, 2F] = [gate | up] -> [T, F]; backward writes the packed gradient."""
+    if backends.pick("activation", gate_up, gate_up.size(-1) // 2) == "triton":
+        from megallm_kernels.activation import activation as triton_activation
+
+        return triton_activation(gate_up, kind, True)
+    return _Gated.apply(gate_up, kind)
+
+
+def _act(x: torch.Tensor, kind: Activation) -> torch.Tensor:
     if kind == "silu":
         return F.silu(x)
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
-
-
-def gated(gate_up: torch.Tensor, kind: Activation) -> torch.Tensor:
-    """act(gate) * up for gate_up [T, 2F] = [gate | up] -> [T, F]; backward writes the packed gradient."""
-    return _Gated.apply(gate_up, kind)
 
 
 class _Gated(torch.autograd.Function):
@@ -38,7 +52,7 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         ctx.kind = kind
         gate, up = gate_up.chunk(2, dim=-1)
-        return activation(gate, kind).mul_(up)
+        return _act(gate, kind).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -46,7 +60,7 @@ class _Gated(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)
         dgate, dup = out.chunk(2, dim=-1)
-        torch.mul(dy, activation(gate, ctx.kind), out=dup)
+        torch.mul(dy, _act(gate, ctx.kind), out=dup)
         dact = dy * up
         if ctx.kind == "silu":
             torch.ops.aten.silu_backward.grad_input(dact, gate, grad_input=dgate)

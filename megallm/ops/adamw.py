@@ -6,6 +6,9 @@ p <- p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.optim.adamw import adamw
 
@@ -52,3 +55,97 @@ def adamw_(
         fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=lr, eps=eps,
         weight_decay=weight_decay, grad_scale=scale, found_inf=is_bad.float(),
     )  # fmt: skip
+
+
+class FusedAdamW:
+    """AdamW over many tensors in one launch, on a back end other than torch's; low-precision copies included.
+
+    params, exp_avgs, exp_avg_sqs flat fp32; grads fp32 or bf16, only read; copies [] or one bf16 or fp16 tensor each.
+    """
+
+    def __init__(
+        self,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        exp_avgs: list[torch.Tensor],
+        exp_avg_sqs: list[torch.Tensor],
+        copies: list[torch.Tensor],
+        *,
+        decayed: list[bool],
+        step: torch.Tensor,
+        backend: str,
+    ) -> None:
+        """`step`: 0-d fp32, updates done so far; counted up in place. `backend`: triton, cuda or apex."""
+        self._lists = (params, grads, exp_avgs, exp_avg_sqs, copies)
+        self._decayed, self._step, self._backend = decayed, step, backend
+        self._learning_rate = torch.zeros((), dtype=torch.float32, device=step.device)
+        self._plan: Any = None
+
+    def update_(
+        self,
+        *,
+        learning_rate: float,
+        grad_divisor: torch.Tensor,
+        is_bad: torch.Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        """One update in place; gradients are divided by the 0-d `grad_divisor`; nothing where 0-d `is_bad` is 1."""
+        self._learning_rate.fill_(learning_rate)
+        self._plan = _update_of(self._backend)(
+            self._plan, *self._lists, decayed=self._decayed, step=self._step, learning_rate=self._learning_rate,
+            grad_divisor=grad_divisor, is_bad=is_bad, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+        )  # fmt: skip
+
+
+def _update_of(backend: str) -> Callable[..., Any]:
+    if backend == "triton":
+        from megallm_kernels import adamw as triton_adamw
+
+        return triton_adamw.adamw_
+    if backend == "cuda":
+        from megallm_kernels import compiled
+
+        return compiled.adamw_
+    return _apex_adamw_
+
+
+def _apex_adamw_(
+    plan: None,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    copies: list[torch.Tensor],
+    *,
+    decayed: list[bool],
+    step: torch.Tensor,
+    learning_rate: torch.Tensor,
+    grad_divisor: torch.Tensor,
+    is_bad: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """NVIDIA apex's capturable multi-tensor Adam (mode 1 = decoupled decay), then one copy for each bf16 tensor."""
+    import amp_C
+    from apex.multi_tensor_apply import multi_tensor_applier
+
+    skip = is_bad.to(torch.int32).view(1)
+    step.add_(1 - skip[0])
+    count = step.to(torch.int32).view(1)
+    inverse = (1.0 / grad_divisor.float()).view(1)
+    for wanted in (True, False):
+        chosen = [i for i, each in enumerate(decayed) if each is wanted and params[i].numel()]
+        if not chosen:
+            continue
+        lists = [[tensors[i] for i in chosen] for tensors in (grads, params, exp_avgs, exp_avg_sqs)]
+        multi_tensor_applier(
+            amp_C.multi_tensor_adam_capturable, skip, lists, learning_rate, beta1, beta2, eps, count, 1, True,
+            weight_decay if wanted else 0.0, inverse,
+        )  # fmt: skip
+    for copy, param in zip(copies, params, strict=False):
+        copy.copy_(param)

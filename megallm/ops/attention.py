@@ -1,16 +1,23 @@
-"""Causal attention over heads, with grouped queries, sliding windows and a KV cache.
+"""Causal attention over heads, with grouped queries, sliding windows, packed documents and a KV cache.
 
     out = softmax(q k^T / sqrt(D) + mask) v        (Vaswani et al., arXiv 1706.03762)
 
-Letters: B batch, S query positions, L key positions, N query heads, K key/value heads, D head dim.
+    rotary_attention   from the packed qkv projection, rotary embedding included: training
+    attention          from q, k, v: with a cache, a mask, dropout, or norms of q and k in between
+
+Letters: B batch, S query positions, L key positions, T = B S tokens, N query heads, K key/value heads, D head dim.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from megallm.ops.backends import DEFAULT, Backends
+from megallm.ops.rope import rope
 
 
 def attention_reference(
@@ -27,6 +34,36 @@ def attention_reference(
     return (weights if keep is None else weights * keep) @ v
 
 
+def rotary_attention(
+    qkv: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    num_heads: int,
+    batch_size: int,
+    sliding_window: int | None = None,
+    in_place: bool = False,
+    backends: Backends = DEFAULT,
+) -> torch.Tensor:
+    """Causal self-attention of each sequence from its packed projection: qkv [T, N + 2K, D] -> [T, N * D].
+
+    `rotary`: cos and sin [T, D/2], applied to q and k; None = no rotary embedding. `in_place=True` allows a back end to
+    rotate q and k inside `qkv`, which the caller must not read again (nor recompute from).
+    """
+    name = backends.pick("attention", qkv, qkv.size(-1))
+    own_rope = rotary is None or backends.pick("rope", qkv, qkv.size(-1)) == "triton"
+    if name == "triton" and own_rope:
+        cos, sin = rotary if rotary is not None else (None, None)
+        out = _RotaryAttention.apply(qkv, cos, sin, num_heads, batch_size, sliding_window or 0, in_place)
+        return out.flatten(1)
+    num_kv_heads = (qkv.size(1) - num_heads) // 2
+    qk, v = qkv.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
+    if rotary is not None:
+        qk = rope(qk, *rotary, backends=backends)
+    q, k = qk.split([num_heads, num_kv_heads], dim=1)
+    q, k, v = (t.unflatten(0, (batch_size, -1)) for t in (q, k, v))
+    return attention(q, k, v, sliding_window=sliding_window, backends=backends).flatten(0, 1)
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -35,12 +72,40 @@ def attention(
     sliding_window: int | None = None,
     mask: torch.Tensor | None = None,
     keep: torch.Tensor | None = None,
+    backends: Backends = DEFAULT,
 ) -> torch.Tensor:
     """Attention of q [B, S, N, D] over k, v [B, L, K, D] -> [B, S, N * D].
 
     Without `mask` it is causal (S = L), limited to `sliding_window` positions if given. `mask` [B or 1, 1, S, L] bool
     (true = visible) replaces both. `keep` [B, N, S, L] multiplies the probabilities (dropout).
     """
+    name = backends.pick("attention", q, q.size(-1))
+    if name != "torch" and (mask is not None or keep is not None):
+        name = backends.fall_back("attention", "with a mask of its own" if mask is not None else "with dropout")
+    if name == "triton":
+        return _triton_attention(q, k, v, sliding_window or 0)
+    if name == "flash-attn":
+        return _flash_attention(q, k, v, sliding_window)
+    return _torch_attention(q, k, v, sliding_window=sliding_window, mask=mask, keep=keep)
+
+
+def causal_mask(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
+    """[S, L] bool: query i (aligned to the end) sees key j when j <= i and i - j < sliding_window."""
+    i = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
+    j = torch.arange(num_keys, device=device).unsqueeze(0)
+    mask = j <= i
+    return mask if sliding_window is None else mask & (i - j < sliding_window)
+
+
+def _torch_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    sliding_window: int | None,
+    mask: torch.Tensor | None,
+    keep: torch.Tensor | None,
+) -> torch.Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if mask is None and (keep is not None or (sliding_window is not None and sliding_window < k.size(2))):
         mask = causal_mask(q.size(2), k.size(2), sliding_window, q.device)
@@ -53,9 +118,71 @@ def attention(
     return out.transpose(1, 2).reshape(out.size(0), out.size(2), -1)
 
 
-def causal_mask(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    """[S, L] bool: query i (aligned to the end) sees key j when j <= i and i - j < sliding_window."""
-    i = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
-    j = torch.arange(num_keys, device=device).unsqueeze(0)
-    mask = j <= i
-    return mask if sliding_window is None else mask & (i - j < sliding_window)
+def _triton_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    from megallm_kernels.attention import attention as triton_attention
+
+    batch_size, num_queries, num_keys = q.size(0), q.size(1), k.size(1)
+    flat = (t.flatten(0, 1) for t in (q, k, v))
+    scale = 1.0 / math.sqrt(q.size(-1))
+    out, _ = triton_attention(
+        *flat, None, None, batch_size, num_queries, num_keys, True, window, 0.0, scale, False
+    )  # fmt: skip
+    return out.view(batch_size, num_queries, -1)
+
+
+def _flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
+    """flash-attn 4 (CuTe) on Hopper and newer where it is installed, else flash-attn 2; both take [B, S, heads, D]."""
+    try:
+        from flash_attn.cute import flash_attn_func
+
+        window = (None if sliding_window is None else sliding_window - 1, 0 if sliding_window is not None else None)
+    except ImportError:
+        from flash_attn import flash_attn_func
+
+        window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+    out = flash_attn_func(q, k, v, causal=True, window_size=window)
+    out = out[0] if isinstance(out, tuple) else out
+    return out.flatten(2)
+
+
+class _RotaryAttention(torch.autograd.Function):
+    """Rotates q and k where they lie; backward gives the packed gradient, rotated back in its own buffer."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        qkv: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        num_heads: int,
+        batch_size: int,
+        window: int,
+        in_place: bool,
+    ) -> torch.Tensor:
+        from megallm_kernels.attention import packed_attention
+        from megallm_kernels.rope import rope_
+
+        num_rotated = (qkv.size(1) + num_heads) // 2  # N + K
+        if cos is not None and sin is not None:
+            qkv = qkv if in_place else qkv.clone()
+            rope_(qkv[:, :num_rotated], cos, sin)
+        settings = (num_heads, batch_size, qkv.size(0) // max(batch_size, 1), window, 1.0 / math.sqrt(qkv.size(2)))
+        heads, batch, length, window, scale = settings
+        out, lse = packed_attention(qkv, heads, None, batch, length, True, window, 0.0, scale, False)
+        ctx.save_for_backward(qkv, out, lse, cos, sin)
+        ctx.settings, ctx.num_rotated = settings, num_rotated
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        from megallm_kernels.attention import packed_attention_backward
+        from megallm_kernels.rope import rope_
+
+        qkv, out, lse, cos, sin = ctx.saved_tensors
+        heads, batch, length, window, scale = ctx.settings
+        dqkv = packed_attention_backward(
+            dout, None, qkv, out, lse, heads, None, batch, length, True, window, 0.0, scale, False
+        )
+        if cos is not None:
+            rope_(dqkv[:, : ctx.num_rotated], cos, sin, None, None, True)
+        return dqkv, None, None, None, None, None, None

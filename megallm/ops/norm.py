@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megallm.ops.backends import DEFAULT, Backends
+
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The specification: statistics in fp32 (fp64 for fp64), the result in x's dtype."""
@@ -21,16 +23,72 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     return weight * (wide * scale).to(x.dtype)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backends: Backends = DEFAULT) -> torch.Tensor:
     """y [..., H] for x [..., H] and weight [H]; statistics in fp32 (fp64 for fp64)."""
-    if x.is_cuda:
-        return F.rms_norm(x, (x.size(-1),), weight, eps)
-    return _RMSNorm.apply(x, weight, eps)
+    return norm(x, weight, None, eps, backends=backends)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, *, backends: Backends = DEFAULT
+) -> torch.Tensor:
     """y [..., H] for x [..., H], weight [H] and bias [H]."""
-    return F.layer_norm(x, (x.size(-1),), weight, bias, eps)
+    return norm(x, weight, bias, eps, backends=backends)
+
+
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, *, backends: Backends = DEFAULT
+) -> torch.Tensor:
+    """RMSNorm of x [..., H] without a bias, LayerNorm with one."""
+    name = backends.pick("rms_norm" if bias is None else "layer_norm", x, x.size(-1))
+    if name == "triton":
+        from megallm_kernels.norm import norm as triton_norm
+
+        return triton_norm(x, weight, bias, eps)[0]
+    if name == "cuda":
+        from megallm_kernels.compiled import rms_norm as cuda_rms_norm
+
+        return cuda_rms_norm(x, weight, eps)[0]
+    if name == "apex":
+        return _apex_norm(x, weight, bias, eps)
+    return _torch_norm(x, weight, bias, eps)
+
+
+def add_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    backends: Backends = DEFAULT,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm of the sum, the sum = residual + x), both [..., H]: one pass over memory where the back end fuses them."""
+    name = backends.pick("rms_norm" if bias is None else "layer_norm", x, x.size(-1))
+    if name == "triton":
+        from megallm_kernels.norm import add_norm as triton_add_norm
+
+        return triton_add_norm(x, residual, weight, bias, eps)[:2]
+    if name == "cuda":
+        from megallm_kernels.compiled import add_rms_norm as cuda_add_rms_norm
+
+        return cuda_add_rms_norm(x, residual, weight, eps)[:2]
+    total = residual + x
+    return norm(total, weight, bias, eps, backends=backends), total
+
+
+def _torch_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    if bias is not None:
+        return F.layer_norm(x, (x.size(-1),), weight, bias, eps)
+    return F.rms_norm(x, (x.size(-1),), weight, eps) if x.is_cuda else _RMSNorm.apply(x, weight, eps)
+
+
+def _apex_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    from apex.normalization import fused_layer_norm
+
+    shape = (x.size(-1),)
+    if bias is None:
+        return fused_layer_norm.fused_rms_norm_affine(x, weight, shape, eps)
+    return fused_layer_norm.fused_layer_norm_affine(x, weight, bias, shape, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from megallm.ops.backends import DEFAULT, Backends
+
 
 def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The specification: x [T, h, D], cos and sin [T, D/2]."""
@@ -22,8 +24,17 @@ def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tor
     return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], dim=-1)
 
 
-def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backends: Backends = DEFAULT) -> torch.Tensor:
     """x [T, h, D] (any strides) rotated by the angles whose cos and sin are [T, D/2], in x's dtype; a new tensor."""
+    name = backends.pick("rope", x, x.size(-1))
+    if name == "triton":
+        from megallm_kernels.rope import rope as triton_rope
+
+        return triton_rope(x, cos, sin)
+    if name == "cuda":
+        from megallm_kernels.compiled import rope as cuda_rope
+
+        return cuda_rope(x, cos, sin)
     return _Rope.apply(x, cos, sin)
 
 

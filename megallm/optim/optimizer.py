@@ -5,18 +5,21 @@ Per parameter: bf16 models keep 2 bytes weight + 4 gradient + 4 master + 8 momen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from megallm.config.optim import OptimConfig
-from megallm.ops.adamw import adamw_
+from megallm.ops.adamw import FusedAdamW, adamw_
+from megallm.ops.backends import DEFAULT, Backends
 from megallm.optim.gradients import Gradients
 
 
 class AdamW:
     """Updates the model's parameters from `Gradients`."""
 
-    def __init__(self, gradients: Gradients, config: OptimConfig) -> None:
-        self._config = config
+    def __init__(self, gradients: Gradients, config: OptimConfig, *, backends: Backends = DEFAULT) -> None:
+        self._config, self._backends = config, backends
         self._gradients = gradients
         self.exp_avg = [torch.zeros_like(b.grads) for b in gradients.buckets]
         self.exp_avg_sq = [torch.zeros_like(b.grads) for b in gradients.buckets]
@@ -25,10 +28,14 @@ class AdamW:
         """The weights that are updated: fp32 copies of bf16 parameters, else the parameters themselves."""
         device = self.master[0].device if self.master else None
         self._steps = [torch.zeros((), device=device) for _ in range(2 * len(self.master))]
+        self._fused: FusedAdamW | None = None
 
     @torch.no_grad()
     def step(self, *, learning_rate: float, grad_divisor: torch.Tensor, is_bad: torch.Tensor) -> None:
         """One update; gradients are divided by the 0-d `grad_divisor`; nothing changes where 0-d `is_bad` is 1."""
+        if self.master and self._backends.pick("adamw", self.master[0], 0) != "torch":
+            self._step_at_once(learning_rate, grad_divisor, is_bad)
+            return
         c = self._config
         for decayed in (True, False):
             parts = [
@@ -52,6 +59,23 @@ class AdamW:
                 is_bad=is_bad,
             )
         self.publish()
+
+    def _step_at_once(self, learning_rate: float, grad_divisor: torch.Tensor, is_bad: torch.Tensor) -> None:
+        """All buckets in one launch, which also writes the bf16 parameters."""
+        c = self._config
+        if self._fused is None:
+            params = [b.params for b in self._gradients.buckets] if self._has_master else []
+            lists = (self.master, self._grads, self.exp_avg, self.exp_avg_sq, params)
+            self._fused = FusedAdamW(
+                *([*self._both_parts(tensors)] for tensors in lists),
+                decayed=[True, False] * len(self.master),
+                step=self._steps[0],
+                backend=self._backends.pick("adamw", self.master[0], 0),
+            )
+        self._fused.update_(
+            learning_rate=learning_rate, grad_divisor=grad_divisor, is_bad=is_bad, beta1=c.beta1, beta2=c.beta2,
+            eps=c.eps, weight_decay=c.weight_decay,
+        )  # fmt: skip
 
     def publish(self) -> None:
         """Copies the master weights into the model's parameters, where they differ."""
@@ -85,6 +109,11 @@ class AdamW:
     @property
     def _grads(self) -> list[torch.Tensor]:
         return [b.grads for b in self._gradients.buckets]
+
+    def _both_parts(self, tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for tensor, buffers in zip(tensors, self._gradients.buckets, strict=False):
+            yield tensor[: buffers.bucket.decay_numel]
+            yield tensor[buffers.bucket.decay_numel :]
 
     def _part(self, tensors: list[torch.Tensor], decayed: bool) -> list[torch.Tensor]:
         split = [b.bucket.decay_numel for b in self._gradients.buckets]

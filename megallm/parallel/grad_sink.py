@@ -32,8 +32,11 @@ class GradSink:
         """buffer += dy^T x for dy [T, out] and x [T, in]."""
         if dy.dtype == self.buffer.dtype:
             torch.addmm(self.buffer, dy.t(), x, beta=0.0 if self._is_fresh else 1.0, out=self.buffer)
-        elif dy.is_cuda:
-            self._add(torch.mm(dy.t(), x, out_dtype=self.buffer.dtype))
+        elif dy.is_cuda:  # low-precision factors, the sum in fp32: no temporary
+            torch.addmm(
+                self.buffer, dy.t(), x, out_dtype=self.buffer.dtype, beta=0.0 if self._is_fresh else 1.0,
+                out=self.buffer,
+            )  # fmt: skip
         else:
             self._add(dy.t().to(self.buffer.dtype) @ x.to(self.buffer.dtype))
         self._count()

@@ -21,6 +21,8 @@ from megallm.parallel.collectives import (
     Pending,
     all_gather,
     all_reduce_,
+    copy_to,
+    gather_sequence,
     reduce_scatter,
     start_all_gather,
     start_all_reduce_,
@@ -48,6 +50,13 @@ class ColumnLinear(SinkLayer):
         """[T, in] or [T/tp, in] -> [T, out/tp]."""
         sinks = (self.grad_sinks.get("weight"), self.grad_sinks.get("bias"))
         return _Column.apply(x, self.weight, self.bias, self._tp, self._sequence_parallel, sinks)
+
+    def gathered(self, x: torch.Tensor) -> torch.Tensor:
+        """The input as its GEMM sees it, [T, in]: for an operation that does the product itself.
+
+        All-gather in forward, reduce-scatter in backward under sequence parallelism; else nothing, and all-reduce.
+        """
+        return gather_sequence(x, self._tp) if self._sequence_parallel else copy_to(x, self._tp)
 
 
 class RowLinear(SinkLayer):

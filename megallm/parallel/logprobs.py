@@ -13,37 +13,89 @@ from typing import Any
 
 import torch
 
+from megallm.ops.backends import DEFAULT, Backends
 from megallm.parallel.collectives import all_gather
+from megallm.parallel.fused_losses import Columns, FusedLogprobs, HeadLogprobs, HeadLossSum
+from megallm.parallel.linear import ColumnLinear
 from megallm.parallel.mesh import Axis
 
 IGNORE_INDEX = -100
 
 
 class VocabLogits:
-    """The lm head's output: this rank's columns of the logits of T tokens.
+    """The lm head's output: this rank's columns of the logits of T tokens, made when they are first needed.
 
-    What losses use of it is the same on every layout: `token_logprobs` and `cross_entropy`.
+    What losses use of it is the same on every layout: `summed_cross_entropy`, `cross_entropy`, `token_logprobs`. Each
+    uses the logits up: call one of them, once.
     """
 
-    def __init__(self, local: torch.Tensor, *, vocab_size: int, tp: Axis) -> None:
-        self.local = local
-        """[T, V/tp] with the padding columns of the last rank."""
+    def __init__(
+        self,
+        local: torch.Tensor | None,
+        *,
+        vocab_size: int,
+        tp: Axis,
+        backends: Backends = DEFAULT,
+        hidden: torch.Tensor | None = None,
+        head: ColumnLinear | None = None,
+    ) -> None:
+        """`local`: the logits [T, V/tp]; or None, and they are head(hidden) for hidden [T, H] or [T/tp, H]."""
         self.vocab_size = vocab_size
-        self._tp = tp
+        self.expected_scale: torch.Tensor | None = None
+        """0-d, what the sum of the losses will be multiplied by: a hint that saves a pass and a rounding."""
+        self._local, self._hidden, self._head = local, hidden, head
+        self._tp, self._backends = tp, backends
+
+    @property
+    def local(self) -> torch.Tensor:
+        """[T, V/tp] with the padding columns of the last rank."""
+        if self._local is None:
+            assert self._head is not None and self._hidden is not None
+            self._local = self._head(self._hidden)
+        return self._local
 
     def token_logprobs(self, labels: torch.Tensor) -> torch.Tensor:
         """log p(label) of each token, in labels' shape, fp32 (fp64 for fp64 logits), 0 where the label is -100.
 
-        labels [T] or [B, S] int64. Differentiable. Uses up the logits: call it once.
+        labels [T] or [B, S] int64. Differentiable.
         """
-        columns = self.local.size(-1)
-        valid = min(max(self.vocab_size - self._tp.rank * columns, 0), columns)
-        flat = _LogProbs.apply(self.local, labels.reshape(-1), valid, self._tp)
-        return flat.view(labels.shape)
+        flat = labels.reshape(-1)
+        chunked = self._chunked_head()
+        if chunked is not None:
+            hidden, head, columns = chunked
+            return HeadLogprobs.apply(hidden, head.weight, flat, columns, head.grad_sinks.get("weight")).view(
+                labels.shape
+            )
+        columns = self._columns(self.local.size(-1))
+        if self._backends.pick("cross_entropy", self.local, columns.per_rank) == "triton":
+            return FusedLogprobs.apply(self.local, flat, columns).view(labels.shape)
+        return _LogProbs.apply(self.local, flat, columns.valid, self._tp).view(labels.shape)
 
     def cross_entropy(self, labels: torch.Tensor) -> torch.Tensor:
         """-log p(label) of each token: `token_logprobs` with the sign of a loss."""
         return -self.token_logprobs(labels)
+
+    def summed_cross_entropy(self, labels: torch.Tensor) -> torch.Tensor:
+        """0-d: the sum of `cross_entropy` over all tokens, the form that can do without the whole logits."""
+        chunked = self._chunked_head()
+        if chunked is None:
+            return self.cross_entropy(labels).sum()
+        hidden, head, columns = chunked
+        return HeadLossSum.apply(
+            hidden, head.weight, labels.reshape(-1), self.expected_scale, columns, head.grad_sinks.get("weight")
+        )
+
+    def _chunked_head(self) -> tuple[torch.Tensor, ColumnLinear, Columns] | None:
+        """(hidden [T, H], head, columns) where head and loss are to run in one, chunk by chunk."""
+        if self._local is not None or self._head is None or self._hidden is None:
+            return None
+        per_rank = self._head.weight.size(0)
+        if self._backends.pick("linear_cross_entropy", self._hidden, per_rank) != "triton":
+            return None
+        return self._head.gathered(self._hidden), self._head, self._columns(per_rank)
+
+    def _columns(self, per_rank: int) -> Columns:
+        return Columns(vocab_size=self.vocab_size, tp=self._tp, per_rank=per_rank)
 
     def gathered(self) -> torch.Tensor:
         """The logits [T, V] on every tp rank, fp32. For sampling and tests, never for training."""

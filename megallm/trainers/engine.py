@@ -24,7 +24,9 @@ from megallm.config.optim import OptimConfig
 from megallm.config.parallel import ParallelConfig, ScheduleName
 from megallm.generate.decode import generate
 from megallm.generate.sampling import Sampling
+from megallm.model.fused import check_backends
 from megallm.model.transformer import Recompute, Transformer
+from megallm.ops.backends import DEFAULT, Backends
 from megallm.optim.gradients import Gradients
 from megallm.optim.optimizer import AdamW
 from megallm.parallel.mesh import Mesh
@@ -54,13 +56,16 @@ class Engine:
         recompute: Recompute = "none",
         seed: int = 1234,
         train: bool = True,
+        backends: Backends = DEFAULT,
     ) -> None:
         """Builds and initialises this rank's part. Of `parallel` only what the mesh does not say is used.
 
         micro_batch_size: sequences a forward takes at once; `train=False` leaves out gradients and optimizer state.
+        backends: what the fused operations run on; ValueError if one is forced that cannot run here.
         """
         parallel = parallel if parallel is not None else ParallelConfig(tp=mesh.tp.size, pp=mesh.pp.size)
         self.config, self.mesh, self.optim = config, mesh, optim if optim is not None else OptimConfig()
+        check_backends(backends, config, tp=mesh.tp.size, device=mesh.device, dtype=DTYPES[precision])
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self._virtual_stages, self._schedule_name = parallel.virtual_stages, parallel.schedule
         self.num_stages = mesh.pp.size * parallel.virtual_stages
@@ -71,12 +76,13 @@ class Engine:
             dtype=DTYPES[precision],
             sequence_parallel=parallel.sequence_parallel,
             recompute=recompute,
+            backends=backends,
         ).initialize(seed)
         self.gradients: Gradients | None = None
         self.optimizer: AdamW | None = None
         if train:
             self.gradients = Gradients(self.model, bucket_size=parallel.bucket_size)
-            self.optimizer = AdamW(self.gradients, self.optim)
+            self.optimizer = AdamW(self.gradients, self.optim, backends=backends)
         self.step = 0
         """Optimizer steps done."""
 

@@ -28,4 +28,4 @@ def count_labels(batch: Batch) -> torch.Tensor:
 
 def language_model_loss(logits: VocabLogits, batch: Batch) -> LossResult:
     """Summed cross-entropy in nats of `labels` [B, S] (already shifted: the token that follows each position)."""
-    return logits.cross_entropy(batch["labels"]).sum(), count_labels(batch), {}
+    return logits.summed_cross_entropy(batch["labels"]), count_labels(batch), {}

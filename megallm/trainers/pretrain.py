@@ -13,6 +13,7 @@ import torch
 
 from megallm.checkpoint import sharded
 from megallm.checkpoint.sharded import TrainState
+from megallm.config.backends import parse_backends
 from megallm.config.check import check_run
 from megallm.config.flags import format_config
 from megallm.config.model import ModelConfig
@@ -23,12 +24,14 @@ from megallm.data.loader import BatchLoader, ValidationLoader
 from megallm.data.prepare import PreparedData, load_or_build
 from megallm.generate.sampling import Sampling
 from megallm.model.counts import parameter_counts
+from megallm.model.fused import check_backends
 from megallm.monitor.plots import plot_loss
+from megallm.ops.backends import Backends
 from megallm.parallel.mesh import Mesh, start_process_group
 from megallm.pipeline.partition import partition_layers
 from megallm.runtime.environment import LaunchInfo
 from megallm.runtime.logging import Log
-from megallm.trainers.engine import Engine
+from megallm.trainers.engine import DTYPES, Engine
 from megallm.trainers.evaluate import validation_loss
 from megallm.trainers.loop import Outputs, train_loop
 from megallm.trainers.losses import language_model_loss
@@ -52,7 +55,7 @@ class PretrainPlan:
     resume_from: Path | None
 
 
-def plan(run: RunConfig, *, world_size: int, cache_dir: Path) -> PretrainPlan:
+def plan(run: RunConfig, *, world_size: int, cache_dir: Path, device: torch.device | None = None) -> PretrainPlan:
     """The checked run. ValueError or FileNotFoundError, in one message, for everything a user can get wrong."""
     source = open_model(run.model or DEFAULT_MODEL, from_scratch=run.from_scratch)
     config = source.config
@@ -70,6 +73,10 @@ def plan(run: RunConfig, *, world_size: int, cache_dir: Path) -> PretrainPlan:
         config = config.replace(eos_token_id=data.tokenizer.eos_id)
     run = resolve_run(run)
     warnings = check_run(run, config, world_size)
+    check_backends(
+        Backends(parse_backends(run.backend)), config, tp=run.parallel.tp, device=device or torch.device("cpu"),
+        dtype=DTYPES[run.train.precision],
+    )  # fmt: skip
     train_samples = data.train_dataset(seq_length=run.train.seq_length, seed=run.train.seed)
     valid_samples = data.valid_dataset(seq_length=run.train.seq_length)
     resume_from = _resume_from(run)
@@ -105,6 +112,7 @@ def pretrain(plan: PretrainPlan, info: LaunchInfo, device: torch.device, *, samp
         precision=train.precision,
         recompute=train.recompute,
         seed=train.seed,
+        backends=Backends(parse_backends(run.backend), announce=lambda line: log.info(f"kernel {line}")),
     )
     _announce(plan, mesh, log)
     state = TrainState(step=0, consumed_samples=0, tokens=0)

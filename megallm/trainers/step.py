@@ -23,6 +23,7 @@ from megallm.optim.gradients import Gradients
 from megallm.optim.optimizer import AdamW
 from megallm.parallel import random
 from megallm.parallel.collectives import all_reduce_, broadcast_text
+from megallm.parallel.logprobs import VocabLogits
 from megallm.parallel.mesh import Mesh
 from megallm.pipeline.runtime import Microbatch, run_schedule
 from megallm.pipeline.schedule import Schedule
@@ -79,6 +80,8 @@ def train_step(
     sums: dict[str, torch.Tensor] = {}
 
     def scaled_loss(output: Any, microbatch: Microbatch) -> torch.Tensor:
+        if isinstance(output, VocabLogits):
+            output.expected_scale = scale
         loss_sum, _, metrics = loss_fn(output, microbatch.batch)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value.detach() * scale

@@ -26,7 +26,7 @@ def strided(x: torch.Tensor) -> torch.Tensor:
 
 
 def far_rows(*shape: int) -> str:
-    """Source of a function that makes an fp16 tensor [2, *shape] whose rows are 2^30 elements apart: untouched memory."""
+    """Source of `far()`: an fp16 tensor [2, *shape] whose rows are 2^30 elements apart, over untouched memory."""
     return textwrap.dedent(f"""
         import torch
         from megallm.testing.triton_interpreter import repair_bf16

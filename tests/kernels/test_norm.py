@@ -23,7 +23,12 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 
 def check(
-    x: torch.Tensor, residual: torch.Tensor | None, *, centered: bool, dy: torch.Tensor, dnew: torch.Tensor | None = None
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    *,
+    centered: bool,
+    dy: torch.Tensor,
+    dnew: torch.Tensor | None = None,
 ) -> None:
     """Outputs and every gradient equal the reference's in fp64 on the same rounded numbers."""
     width, dtype = x.size(-1), x.dtype
@@ -65,7 +70,8 @@ def check(
 def test_norm_matches_fp64(dtype: torch.dtype, centered: bool, shape: tuple[int, ...], with_residual: bool) -> None:
     x = normal(*shape, dtype=dtype, seed=1)
     residual = normal(*shape, dtype=dtype, seed=2) if with_residual else None
-    check(x, residual, centered=centered, dy=normal(*shape, dtype=dtype, seed=3), dnew=normal(*shape, dtype=dtype, seed=4))
+    dy, dnew = (normal(*shape, dtype=dtype, seed=seed) for seed in (3, 4))
+    check(x, residual, centered=centered, dy=dy, dnew=dnew)
 
 
 @KINDS
@@ -138,7 +144,8 @@ def test_ops_pass_opcheck() -> None:
 
 
 def test_ops_compile_without_graph_breaks() -> None:
-    x, r, weight = (normal(*s, dtype=torch.float32, seed=i).requires_grad_() for i, s in enumerate([(3, 8), (3, 8), (8,)]))
+    shapes = [(3, 8), (3, 8), (8,)]
+    x, r, weight = (normal(*shape, dtype=torch.float32, seed=i).requires_grad_() for i, shape in enumerate(shapes))
 
     def loss(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         y, new_residual, _, _ = kernel.add_norm(x, r, weight, None, EPS)

@@ -1,0 +1,375 @@
+"""AdamW with decoupled weight decay (arXiv 1711.05101, algorithm 2) over many tensors in one launch.
+
+    t <- t + 1                                   (t, the learning rate lr and the divisor c: 0-d tensors on the device)
+    g <- grad / c
+    m <- m + (1 - b1) (g - m)                    v <- v + (1 - b2) (g^2 - v)
+    p <- p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps),      copy <- p, rounded
+
+Where `is_bad` is not 0 nothing changes, t included. Gradients are only read.
+
+Bytes per element: 28 with fp32 gradients (reads p g m v, writes p m v), 26 with bf16 gradients, 2 more with a copy.
+Every number is fp32 in registers. 1 - b1 and 1 - b2 are formed in fp64 before the launch, 1 - b^t as -expm1(t log b):
+in fp32 the plain difference loses four digits at b2 = 0.999, t = 1.
+Tiling: an int64 table on the device holds the addresses of every tensor, a second one its chunks of CHUNK elements; a
+program updates one chunk, BLOCK elements at a time. A block whose tensors are aligned is taken 4 elements a thread
+(16 bytes of fp32) without masks; the edges of a tensor are taken one by one. Tensors that all start the same one to
+three elements past such a boundary (slices of flat buffers) are counted from the boundary, so that their inner blocks
+are aligned as well.
+Each program takes a ticket when it is done, and the last one counts t up: no program can still have to read it.
+int64: chunk numbers are widened before they become element numbers; addresses are int64 from the start.
+
+Letters: n tensors, c chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from megallm_kernels.device import target_of
+
+COLUMNS = 8
+"""Of the table of addresses: param, grad, exp_avg, exp_avg_sq, copy (0 = none), first element, end, flags."""
+_DECAYED, _ALIGNED = 1, 2
+_GRADIENT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_COPY_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_VECTOR = 4
+"""Elements a thread and access in aligned blocks, of every dtype: 16 bytes of fp32, 8 of bf16. See `_from`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Settings of one launch."""
+
+    block: int
+    """Elements updated at a time (BLOCK), a power of two."""
+    chunk: int
+    """Elements of a program (CHUNK), a multiple of `block`."""
+    num_warps: int
+
+
+# Per architecture: BLOCK, the CHUNKs to choose from, warps. A thread has 8 elements: two 16-byte accesses of fp32.
+_SETTINGS = {
+    0: (256, (512,), 4),
+    80: (1024, (16384, 8192, 4096, 2048, 1024), 4),
+    90: (1024, (16384, 8192, 4096, 2048, 1024), 4),
+}
+_PROGRAMS_PER_SM = 16
+"""Chunks get smaller until so many programs are there; one multiprocessor runs about eight at a time."""
+
+
+def plan(num_elements: int, *, arch: int, num_sms: int) -> Launch:
+    """Launch settings for tensors of `num_elements` elements together."""
+    block, chunks, num_warps = _SETTINGS.get(arch, _SETTINGS[90 if arch > 90 else 80])
+    fits = [chunk for chunk in chunks if num_elements >= chunk * num_sms * _PROGRAMS_PER_SM]
+    return Launch(block=block, chunk=fits[0] if fits else chunks[-1], num_warps=num_warps)
+
+
+@triton.jit
+def _one_minus_power(log_beta, t):
+    """1 - beta^t to fp32 precision, from log(beta) < 0 or -inf (beta 0)."""
+    x = log_beta * t
+    near = tl.maximum(x, -0.5)
+    series = 1.0 + near / 9.0  # expm1(near) / near, by Horner; the next term is below 2^-24
+    series = 1.0 + near / 8.0 * series
+    series = 1.0 + near / 7.0 * series
+    series = 1.0 + near / 6.0 * series
+    series = 1.0 + near / 5.0 * series
+    series = 1.0 + near / 4.0 * series
+    series = 1.0 + near / 3.0 * series
+    series = 1.0 + near / 2.0 * series
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def _from(tensor, element, ALIGNED: tl.constexpr):
+    """Where `element` of a tensor lies. Four elements a thread and access for every dtype: were the 2-byte ones loaded
+    by 16 bytes, the fp32 ones would have to change threads through shared memory before they are stored.
+    """
+    at = tensor + element
+    if ALIGNED:
+        at = tl.multiple_of(at, tensor.dtype.element_ty.primitive_bitwidth // 2)
+    return at
+
+
+@triton.jit
+def _update_block(
+    params, grads, exp_avgs, exp_avg_sqs, copies, element, first, end, scale, keep, rate, root_scale, weight1, weight2,
+    eps, COPIES: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements from `element` on: all of them where ALIGNED, else those inside [first, end)."""
+    lane = tl.arange(0, BLOCK)
+    inside = None
+    if not ALIGNED:
+        inside = (element + lane >= first) & (element + lane < end)
+    at_p = _from(params, element, ALIGNED) + lane
+    at_g = _from(grads, element, ALIGNED) + lane
+    at_m = _from(exp_avgs, element, ALIGNED) + lane
+    at_v = _from(exp_avg_sqs, element, ALIGNED) + lane
+    p = tl.load(at_p, mask=inside)
+    g = tl.load(at_g, mask=inside).to(tl.float32) * scale
+    m = tl.load(at_m, mask=inside)
+    v = tl.load(at_v, mask=inside)
+    m += weight1 * (g - m)
+    v += weight2 * (g * g - v)
+    p = p * keep - rate * (m / (tl.sqrt(v) * root_scale + eps))
+    tl.store(at_p, p, mask=inside)
+    tl.store(at_m, m, mask=inside)
+    tl.store(at_v, v, mask=inside)
+    if COPIES:
+        tl.store(_from(copies, element, ALIGNED) + lane, p.to(copies.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def adamw_kernel(
+    table, chunks, ticket, step, learning_rate, grad_divisor, is_bad,
+    log_beta1, log_beta2, weight1, weight2, eps, weight_decay,
+    GRADIENT: tl.constexpr, COPY: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One chunk. weight1, weight2: 1 - b1, 1 - b2. COPY: the copies' type, or None."""
+    if tl.load(is_bad) == 0:
+        program = tl.program_id(0).to(tl.int64)
+        row = table + tl.load(chunks + 2 * program).to(tl.int64) * COLUMNS
+        start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+        params = tl.load(row).to(tl.pointer_type(tl.float32))
+        grads = tl.load(row + 1).to(tl.pointer_type(GRADIENT))
+        exp_avgs = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+        exp_avg_sqs = tl.load(row + 3).to(tl.pointer_type(tl.float32))
+        copies = params
+        if COPY is not None:
+            copies = tl.load(row + 4).to(tl.pointer_type(COPY))
+        first = tl.load(row + 5)
+        end = tl.load(row + 6)
+        flags = tl.load(row + 7)
+        t = tl.load(step) + 1.0
+        lr = tl.load(learning_rate).to(tl.float32)
+        scale = 1.0 / tl.load(grad_divisor).to(tl.float32)
+        rate = lr / _one_minus_power(tl.cast(log_beta1, tl.float32), t)
+        root_scale = 1.0 / tl.sqrt(_one_minus_power(tl.cast(log_beta2, tl.float32), t))
+        keep = 1.0 - lr * tl.cast(weight_decay, tl.float32) * (flags & 1).to(tl.float32)
+        weight1 = tl.cast(weight1, tl.float32)
+        weight2 = tl.cast(weight2, tl.float32)
+        eps = tl.cast(eps, tl.float32)
+        for offset in range(0, tl.minimum(end - start, CHUNK).to(tl.int32), BLOCK):
+            element = start + offset
+            if (flags >= 2) & (element >= first) & (element + BLOCK <= end):
+                _update_block(
+                    params, grads, exp_avgs, exp_avg_sqs, copies, element, first, end, scale, keep, rate, root_scale,
+                    weight1, weight2, eps, COPY is not None, BLOCK, True,
+                )  # fmt: skip
+            else:
+                _update_block(
+                    params, grads, exp_avgs, exp_avg_sqs, copies, element, first, end, scale, keep, rate, root_scale,
+                    weight1, weight2, eps, COPY is not None, BLOCK, False,
+                )  # fmt: skip
+        tl.debug_barrier()  # every thread of the program has read `step`
+        if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
+            tl.store(step, t)
+            tl.store(ticket, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWPlan:
+    """The tables of one set of tensors: made once, valid until a tensor's memory moves."""
+
+    table: torch.Tensor  # [n, COLUMNS] int64, on the tensors' device
+    chunks: torch.Tensor  # [c, 2] int32, on the tensors' device: tensor, number of the chunk in it
+    ticket: torch.Tensor  # [1] int32, on the tensors' device: programs that are done, 0 between launches
+    host_table: torch.Tensor  # [n, COLUMNS] int64, on the CPU: what `table` was copied from
+    host_chunks: torch.Tensor  # [c, 2] int32, on the CPU: kept until the copy, which nobody waits for, is done
+    launch: Launch
+
+    @classmethod
+    def build(
+        cls, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], exp_avgs: Sequence[torch.Tensor],
+        exp_avg_sqs: Sequence[torch.Tensor], copies: Sequence[torch.Tensor] = (), *,
+        decayed: Sequence[bool] | None = None,
+    ) -> AdamWPlan:  # fmt: skip
+        """The plan for contiguous tensors of equal lengths; ValueError if they are not what the kernel takes.
+
+        params, exp_avgs, exp_avg_sqs fp32; grads fp32, bf16 or fp16; copies (none, or one for each) bf16 or fp16.
+        `decayed`: which tensors weight decay applies to; None = all.
+        """
+        lists = (params, grads, exp_avgs, exp_avg_sqs, copies)
+        _check(lists, decayed)
+        host_table = _table_of(lists, decayed)
+        device = params[0].device if params else torch.device("cpu")
+        target = target_of(params[0] if params else host_table)
+        launch = plan(sum(p.numel() for p in params), arch=target.arch, num_sms=target.num_sms)
+        host_chunks = _chunks_of(host_table, launch.chunk)
+        if device.type == "cuda":  # from pinned memory the copies are only put in the stream
+            host_table, host_chunks = host_table.pin_memory(), host_chunks.pin_memory()
+        return cls(
+            table=host_table.to(device, non_blocking=True), chunks=host_chunks.to(device, non_blocking=True),
+            ticket=torch.zeros(1, dtype=torch.int32, device=device), host_table=host_table, host_chunks=host_chunks,
+            launch=launch,
+        )  # fmt: skip
+
+    def fits(
+        self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], exp_avgs: Sequence[torch.Tensor],
+        exp_avg_sqs: Sequence[torch.Tensor], copies: Sequence[torch.Tensor] = (),
+    ) -> bool:  # fmt: skip
+        """Whether these are the tensors, at the addresses and of the lengths, that the plan was made for."""
+        return _is_table_of(self.host_table, (params, grads, exp_avgs, exp_avg_sqs, copies))
+
+
+_Lists = tuple[
+    Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor],
+    Sequence[torch.Tensor],
+]  # fmt: skip
+
+
+def _check(lists: _Lists, decayed: Sequence[bool] | None) -> None:
+    params, grads, *_, copies = lists
+    counts = [len(each) for each in lists]
+    if counts[:4] != counts[:1] * 4 or counts[4] not in (0, counts[0]) or len(decayed or params) != counts[0]:
+        raise ValueError(f"AdamW takes lists of equal lengths (copies may be empty), got {counts} tensors")
+    if len({g.dtype for g in grads}) > 1 or len({c.dtype for c in copies}) > 1:
+        raise ValueError("AdamW takes gradients of one dtype and copies of one dtype: make a plan for each dtype")
+    allowed = ({torch.float32}, _GRADIENT_TYPES, {torch.float32}, {torch.float32}, _COPY_TYPES)
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "copies")
+    for name, tensors, dtypes in zip(names, lists, allowed, strict=True):
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=False)):
+            if tensor.dtype not in dtypes:
+                raise ValueError(f"{name}[{i}] is {tensor.dtype}; the AdamW kernel takes {', '.join(map(str, dtypes))}")
+            if tensor.numel() != param.numel() or not tensor.is_contiguous() or tensor.device != params[0].device:
+                raise ValueError(
+                    f"{name}[{i}] {tuple(tensor.shape)} on {tensor.device} must be contiguous and have the "
+                    f"{param.numel()} elements of params[{i}], on {params[0].device}"
+                )
+
+
+def _check_scalars(device: torch.device, **scalars: torch.Tensor) -> None:
+    for name, scalar in scalars.items():
+        if scalar.numel() != 1 or scalar.device != device:
+            got = f"{tuple(scalar.shape)} on {scalar.device}"
+            raise ValueError(f"AdamW's {name} must be one number on {device}, where the params are; got {got}")
+    if scalars["step"].dtype != torch.float32:
+        raise ValueError(f"AdamW's step must be fp32, got {scalars['step'].dtype}")
+
+
+def _table_of(lists: _Lists, decayed: Sequence[bool] | None) -> torch.Tensor:
+    params = lists[0]
+    table = torch.zeros((len(params), COLUMNS), dtype=torch.int64)
+    for i, param in enumerate(params):
+        tensors = [each[i] for each in lists if each]
+        shift = _common_shift(tensors)
+        addresses = [t.data_ptr() - (shift or 0) * t.element_size() for t in tensors] + [0]
+        flags = _DECAYED * int(decayed is None or decayed[i]) + _ALIGNED * int(shift is not None)
+        edges = [shift or 0, (shift or 0) + param.numel(), flags]
+        table[i] = torch.tensor(addresses[:5] + edges, dtype=torch.int64)
+    return table
+
+
+def _common_shift(tensors: Sequence[torch.Tensor]) -> int | None:
+    """How many elements before its first one each tensor's aligned vector begins; None if that is not one number."""
+    shifts = {t.data_ptr() // t.element_size() % _VECTOR for t in tensors}
+    return shifts.pop() if len(shifts) == 1 else None
+
+
+def _is_table_of(table: torch.Tensor, lists: _Lists) -> bool:
+    params, *_, copies = lists
+    rows = table.tolist()
+    if len(rows) != len(params) or (not copies and any(row[4] for row in rows)):
+        return False
+    for i, row in enumerate(rows):
+        if row[6] - row[5] != params[i].numel():
+            return False
+        for tensors, address in zip(lists, row, strict=False):
+            if tensors and tensors[i].data_ptr() - row[5] * tensors[i].element_size() != address:
+                return False
+    return True
+
+
+def _chunks_of(table: torch.Tensor, chunk: int) -> torch.Tensor:
+    """[c, 2] int32: every (tensor, chunk of it) that has an element to update."""
+    first, end = table[:, 5], table[:, 6]
+    counts = torch.where(end > first, (end + chunk - 1) // chunk, 0)
+    tensor = torch.repeat_interleave(torch.arange(len(table)), counts)
+    number = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    return torch.stack([tensor, number], dim=1).to(torch.int32)
+
+
+def adamw_(
+    previous: AdamWPlan | None, params: list[torch.Tensor], grads: list[torch.Tensor], exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor], copies: Sequence[torch.Tensor] = (), *, decayed: Sequence[bool] | None = None,
+    step: torch.Tensor, learning_rate: torch.Tensor, grad_divisor: torch.Tensor, is_bad: torch.Tensor,
+    beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> AdamWPlan:  # fmt: skip
+    """Updates params, both moments, the copies and `step` in place; the plan to pass as `previous` next time.
+
+    step (fp32, updates done so far), learning_rate, grad_divisor and is_bad are 0-d tensors on the device, so that they
+    may change under a captured graph. See `AdamWPlan.build` for the lists.
+    """
+    lists = (params, grads, exp_avgs, exp_avg_sqs, copies)
+    made = previous if previous is not None and previous.fits(*lists) else AdamWPlan.build(*lists, decayed=decayed)
+    update(
+        params, grads, exp_avgs, exp_avg_sqs, list(copies), step, learning_rate, grad_divisor, is_bad, made.table,
+        made.chunks, made.ticket, made.host_table, beta1, beta2, eps, weight_decay,
+    )  # fmt: skip
+    return made
+
+
+def launch_adamw(
+    made: AdamWPlan, step: torch.Tensor, learning_rate: torch.Tensor, grad_divisor: torch.Tensor,
+    is_bad: torch.Tensor, *, gradient: torch.dtype, copy: torch.dtype | None, beta1: float, beta2: float, eps: float,
+    weight_decay: float,
+) -> None:  # fmt: skip
+    """One launch over all chunks of the plan; `gradient`, `copy`: dtypes of the gradients and of the copies."""
+    if not len(made.chunks):
+        step.add_(is_bad == 0)
+        return
+    adamw_kernel[(len(made.chunks),)](
+        made.table, made.chunks, made.ticket, step, learning_rate, grad_divisor, is_bad,
+        _log(beta1), _log(beta2), 1 - beta1, 1 - beta2, eps, weight_decay,
+        GRADIENT=_GRADIENT_TYPES[gradient], COPY=None if copy is None else _COPY_TYPES[copy], COLUMNS=COLUMNS,
+        CHUNK=made.launch.chunk, BLOCK=made.launch.block, num_warps=made.launch.num_warps,
+    )  # fmt: skip
+
+
+def _log(beta: float) -> float:
+    """log(beta), very negative for beta 0 (and not infinite: 0 * inf would be NaN)."""
+    if not 0 <= beta < 1:
+        raise ValueError(f"AdamW's beta ({beta}) must be at least 0 and less than 1")
+    return math.log(beta) if beta else -1e30
+
+
+@torch.library.custom_op(
+    "megallm_kernels::adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "copies", "step", "ticket")
+)
+def update(
+    params: list[torch.Tensor], grads: list[torch.Tensor], exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor], copies: list[torch.Tensor], step: torch.Tensor, learning_rate: torch.Tensor,
+    grad_divisor: torch.Tensor, is_bad: torch.Tensor, table: torch.Tensor, chunks: torch.Tensor, ticket: torch.Tensor,
+    host_table: torch.Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """`adamw_` with the plan's tensors spelled out. If a compiler passes copies of the tensors, new tables are made."""
+    lists = (params, grads, exp_avgs, exp_avg_sqs, copies)
+    _check_scalars(table.device, step=step, learning_rate=learning_rate, grad_divisor=grad_divisor, is_bad=is_bad)
+    if _is_table_of(host_table, lists):
+        target = target_of(table)
+        launch = plan(sum(p.numel() for p in params), arch=target.arch, num_sms=target.num_sms)
+        made = AdamWPlan(
+            table=table, chunks=chunks, ticket=ticket, host_table=host_table, host_chunks=chunks, launch=launch
+        )
+    else:
+        made = AdamWPlan.build(*lists, decayed=[bool(row[7] & _DECAYED) for row in host_table.tolist()])
+    launch_adamw(
+        made, step, learning_rate, grad_divisor, is_bad, gradient=grads[0].dtype if grads else torch.float32,
+        copy=copies[0].dtype if copies else None, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+@update.register_fake
+def _update_fake(
+    params: list[torch.Tensor], grads: list[torch.Tensor], exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor], copies: list[torch.Tensor], step: torch.Tensor, learning_rate: torch.Tensor,
+    grad_divisor: torch.Tensor, is_bad: torch.Tensor, table: torch.Tensor, chunks: torch.Tensor, ticket: torch.Tensor,
+    host_table: torch.Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    return None

@@ -1,0 +1,204 @@
+"""Attention, forward: exact, in tiles, without the matrix of scores in memory; also over documents packed together.
+
+    s = scale q k^T;  s <- softcap tanh(s / softcap);  p = exp(s - lse);  out = p v;  lse = log(sum(exp(s)))
+
+FlashAttention-2 (arXiv 2307.08691) with the online softmax of arXiv 1805.02867: a program owns BLOCK_M queries of one
+head and walks over the keys, BLOCK_N at a time, with a running maximum and sum; the division by the sum comes last.
+FLOPs: 4 D for each visible (query, key) pair, half of it causal; bytes hardly matter from a few hundred tokens on.
+
+Three loops: keys cut by the window's edge, keys that every query of the tile sees (no masks), keys cut by the diagonal
+or the end. Tiles that no query sees are never visited: their bounds follow from the mask. Causal programs start with
+the longest (the last tile), so that the short ones fill the gaps at the end; heads run in sections whose keys and
+values stay in the second-level cache.
+
+sm_90: TMA descriptors [heads, T, D] and, up to D = 128, one producer and two consumer warpgroups (warp_specialize).
+Others, and tensors whose address or strides are not multiples of 16 bytes: pointers, cp.async pipelining.
+There a tile may reach past the end of a sequence: those keys are masked, but their values must be finite (0 * NaN).
+
+Scores, maximum, sum and output accumulate in fp32; p is rounded to v's dtype for the second product; fp32 inputs are
+multiplied as three tf32 products. int64: token and head numbers are widened before they meet a stride.
+
+Letters: Tq query tokens, Tk key tokens, B sequences, N query heads, K kv heads (head n reads n // (N / K)), D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from megallm_kernels.attention_tiles import document_of, load_tile, tanh, tile_and_head, visible
+from megallm_kernels.device import target_of
+from megallm_kernels.rows import next_power_of_2
+
+MAX_HEAD_DIM = 256
+"""Largest D: a tile of more does not fit the registers."""
+
+CACHE_BYTES = 32 * 2**20
+"""Keys and values that a section of heads may span: what A100 (40 MB) and H100 (50 MB) keep with room to spare."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Settings of one launch."""
+
+    block_m: int
+    """Queries of a tile."""
+    block_n: int
+    """Keys of a tile."""
+    block_d: int
+    """Columns of a tile: the power of two at or above D, at least 16."""
+    num_warps: int
+    num_stages: int
+    tma: bool
+    """Read through descriptors."""
+    warp_specialize: bool
+    """Loads in a warpgroup of their own; needs descriptors and num_warps 4."""
+
+
+# arch -> largest BLOCK_D -> (BLOCK_M, BLOCK_N, warps, stages, TMA, warp_specialize), for two-byte elements.
+_TABLE: dict[int, dict[int, tuple[int, int, int, int, bool, bool]]] = {
+    0: {256: (32, 32, 4, 1, False, False)},
+    80: {64: (128, 64, 4, 3, False, False), 128: (128, 64, 8, 2, False, False), 256: (128, 32, 8, 2, False, False)},
+    90: {64: (128, 128, 4, 2, True, True), 128: (128, 128, 4, 2, True, True), 256: (128, 64, 8, 2, True, False)},
+}
+# fp32 inputs, every arch but 0.
+_WIDE = {64: (64, 32, 4, 2, False, False), 128: (64, 32, 8, 2, False, False), 256: (32, 32, 8, 1, False, False)}
+
+
+def plan(arch: int, head_dim: int, *, element_bytes: int, aligned: bool) -> Launch:
+    """Launch settings; `aligned`: addresses and strides are multiples of 16 bytes. ValueError if D is too large."""
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head dim {head_dim} is not within 1 to {MAX_HEAD_DIM}, which this kernel takes: use torch's")
+    block_d = max(next_power_of_2(head_dim), 16)
+    row = _TABLE[0] if arch == 0 else _TABLE[90 if 90 <= arch < 100 and aligned else 80]
+    if element_bytes > 2 and arch:
+        row = _WIDE
+    block_m, block_n, num_warps, num_stages, tma, specialize = next(row[d] for d in row if block_d <= d)
+    return Launch(
+        block_m=block_m, block_n=block_n, block_d=block_d, num_warps=num_warps, num_stages=num_stages,
+        tma=tma, warp_specialize=specialize,
+    )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    acc, total, largest, queries, k, v, query, start, low, high, num_keys, kv_head,
+    k_token, k_head, v_token, v_head, scale, softcap, window,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys low to high of a sequence that begins at token `start`; largest and total are in base 2."""
+    column = tl.arange(0, BLOCK_N)
+    precision: tl.constexpr = "tf32x3" if queries.dtype == tl.float32 else "tf32"
+    for first in tl.range(low, high, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
+        end = start + num_keys
+        keys = load_tile(k, start + first, k_token, kv_head, k_head, end, D, BLOCK_N, BLOCK_D, TMA, MASKED)
+        s = tl.dot(queries, keys.T, input_precision=precision)
+        if CAPPED:
+            s = tanh(s * softcap)
+        if MASKED:
+            seen = visible(query[:, None], (first + column)[None, :], num_keys, window, CAUSAL, WINDOWED)
+            s = tl.where(seen, s, float("-inf"))
+        new = tl.maximum(largest, tl.max(s, axis=1) * scale)
+        below = new
+        if MASKED:  # a row that has seen no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf)
+            below = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s * scale - below[:, None])
+        shrink = tl.exp2(largest - below)
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = acc * shrink[:, None]
+        values = load_tile(v, start + first, v_token, kv_head, v_head, end, D, BLOCK_N, BLOCK_D, TMA, MASKED)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=precision)
+        largest = new
+    return acc, total, largest
+
+
+@triton.jit(do_not_specialize=[
+    "num_queries", "num_keys", "num_sequences", "num_tiles", "section", "window"
+])  # fmt: skip
+def forward_kernel(
+    q, k, v, out, lse, query_offsets, key_offsets,
+    q_token, q_head, k_token, k_head, v_token, v_head, scale, softcap,
+    num_queries, num_keys, num_sequences, num_tiles, section, window,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
+    TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head. scale and softcap: score = scale * s or, CAPPED, scale * tanh(softcap * s), base 2.
+
+    num_queries: Tq if PACKED, else Sq; num_keys: Sk (unless PACKED).
+    """
+    if PACKED:
+        tile, head = tile_and_head(tl.program_id(0), num_tiles, HEADS, section)
+        document, q_start, tile = document_of(tile, query_offsets, num_sequences, BLOCK_M)
+        real = document < num_sequences
+        length = tl.load(query_offsets + document + 1, mask=real, other=num_queries) - q_start
+        k_start = tl.load(key_offsets + document)
+        num_keys = tl.load(key_offsets + document + 1, mask=real, other=k_start) - k_start
+        num_rows = num_queries
+    else:
+        tile, head = tile_and_head(tl.program_id(0), num_tiles, HEADS * num_sequences, section)
+        sequence = head // HEADS
+        head = head % HEADS
+        length = num_queries
+        q_start = sequence * num_queries
+        k_start = sequence * num_keys
+        num_rows = num_queries * num_sequences
+    tile = tl.cdiv(length, BLOCK_M) - 1 - tile  # the last tile sees most keys: first
+    if PACKED and tile < 0:
+        return
+    first = tile * BLOCK_M
+    shift = num_keys - length
+    # keys low..high are seen by a query of the tile, low_full..high_full by every one; all but high in whole tiles
+    low = 0
+    low_full = 0
+    high = num_keys
+    high_full = num_keys // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        high = tl.maximum(tl.minimum(num_keys, first + BLOCK_M + shift), 0)
+        high_full = tl.maximum(tl.minimum(num_keys, first + shift + 1), 0) // BLOCK_N * BLOCK_N
+    if WINDOWED:
+        low = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N
+        low_full = tl.cdiv(tl.maximum(first + BLOCK_M + shift - window, 0), BLOCK_N) * BLOCK_N
+        low_full = tl.minimum(low_full, tl.cdiv(high, BLOCK_N) * BLOCK_N)
+        high_full = tl.maximum(high_full, low_full)
+    row = first + tl.arange(0, BLOCK_M)
+    kv_head = head // GROUP
+    scale = tl.cast(scale, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    largest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    queries = load_tile(
+        q, q_start + first, q_token, head, q_head, q_start + length, D, BLOCK_M, BLOCK_D, TMA, True
+    )  # fmt: skip
+    if WINDOWED:
+        acc, total, largest = _attend(
+            acc, total, largest, queries, k, v, row + shift, k_start, low, low_full, num_keys, kv_head,
+            k_token, k_head, v_token, v_head, scale, softcap, window,
+            D, BLOCK_N, BLOCK_D, CAUSAL, WINDOWED, CAPPED, TMA, WARP_SPECIALIZE, True,
+        )  # fmt: skip
+    acc, total, largest = _attend(
+        acc, total, largest, queries, k, v, row + shift, k_start, low_full, high_full, num_keys, kv_head,
+        k_token, k_head, v_token, v_head, scale, softcap, window,
+        D, BLOCK_N, BLOCK_D, CAUSAL, WINDOWED, CAPPED, TMA, WARP_SPECIALIZE, False,
+    )  # fmt: skip
+    acc, total, largest = _attend(
+        acc, total, largest, queries, k, v, row + shift, k_start, high_full, high, num_keys, kv_head,
+        k_token, k_head, v_token, v_head, scale, softcap, window,
+        D, BLOCK_N, BLOCK_D, CAUSAL, WINDOWED, CAPPED, TMA, WARP_SPECIALIZE, True,
+    )  # fmt: skip
+    seen = total > 0.0
+    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    logarithm = (largest + tl.log2(total)) * 0.6931471805599453  # log2(0) = -inf: no key seen
+    token = tl.cast(q_start + row, tl.int64)
+    inside = row < length
+    column = tl.arange(0, BLOCK_D)
+    at = (token * (HEADS * D) + head * D)[:, None] + column[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
+    tl.store(lse + tl.cast(head, tl.int64) * num_rows + token, tl.where(seen, logarithm, float("-inf")), mask=inside)

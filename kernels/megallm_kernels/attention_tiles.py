@@ -1,0 +1,86 @@
+"""What the attention kernels share: which tile a program works on, how a tile is read, and the formula of a score.
+
+Tiles of documents packed one after another are found without a table made on the host. With c[b] the first token of
+document b and M the rows of a tile, document b owns the tile numbers from c[b] // M + b on: since
+
+    (c[b] + length) // M - c[b] // M + 1  >=  ceil(length / M)
+
+they suffice, and T // M + B + 1 tiles cover every case, with at most one idle tile a document. The tokens past the last
+document are document B, which has no keys.
+
+Letters: T tokens, B sequences, N query heads, K kv heads, D head dim, M rows of a tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+"""exp(x) = exp2(x log2(e)): the exponential that the hardware has."""
+
+
+@triton.jit
+def tile_and_head(program, num_tiles, num_heads, section):
+    """(tile, head) of a program: sections of heads whose keys fit the cache; in one, heads first, then tiles."""
+    first = program // (num_tiles * section) * section
+    size = tl.minimum(section, num_heads - first)
+    inside = program - first * num_tiles
+    return inside // size, first + inside % size
+
+
+@triton.jit
+def document_of(tile, offsets, num_documents, BLOCK: tl.constexpr):
+    """(document, first token, its tile number) of a tile number of packed documents; binary search over the offsets."""
+    low = 0
+    high = num_documents
+    while low < high:
+        middle = (low + high + 1) // 2
+        reached = tl.load(offsets + middle) // BLOCK + middle <= tile
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle - 1)
+    start = tl.load(offsets + low)
+    return low, start, tile - (start // BLOCK + low)
+
+
+@triton.jit
+def load_tile(source, row, row_stride, head, head_stride, limit, D: tl.constexpr, ROWS: tl.constexpr,
+              BLOCK_D: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """[ROWS, BLOCK_D] from token `row` (int64 inside) on; rows from `limit` on are 0 if MASKED; columns past D are 0.
+
+    TMA: `source` is a descriptor over [heads, T, D]; it knows the strides, and rows past T are 0.
+    """
+    if TMA:
+        tile = source.load([head, row, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        inner = tl.arange(0, ROWS)
+        column = tl.arange(0, BLOCK_D)
+        base = source + tl.cast(row, tl.int64) * row_stride + tl.cast(head, tl.int64) * head_stride
+        at = base + (tl.cast(inner, tl.int64) * row_stride)[:, None] + column[None, :]
+        if MASKED:
+            if BLOCK_D == D:
+                tile = tl.load(at, mask=(inner < limit - row)[:, None], other=0.0)
+            else:
+                tile = tl.load(at, mask=(inner < limit - row)[:, None] & (column < D)[None, :], other=0.0)
+        elif BLOCK_D == D:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=(column < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def tanh(x):
+    """1 - 2 / (1 + exp(2x)): no overflow harms it; absolute error about eps."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * 1.4426950408889634)))
+
+
+@triton.jit
+def visible(query, key, num_keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """Which keys each query sees; `query` = its number counted from the end of the keys (i + Sk - Sq), broadcastable."""
+    seen = key < num_keys
+    if CAUSAL:
+        seen = seen & (key <= query)
+    if WINDOWED:
+        seen = seen & (query - key < window)
+    return seen

@@ -1,0 +1,183 @@
+"""Chooses, for each fused operation, the back end that runs it, and says why.
+
+    forced (`--backend rms_norm=triton`)       that one, or an error if it cannot run
+    no GPU                                 torch
+    a GPU with measurements                the fastest of those that can run, from ops/measured.csv
+    a GPU without                          torch: nothing is taken for faster before it was measured there
+
+A choice depends on the operation, the device, the dtype and one size (the row length, the head dim); it is made once
+for each, remembered, and announced once.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from megallm.config.backends import BACKENDS, parse_backends
+
+MEASURED = Path(__file__).with_name("measured.csv")
+"""Rows gpu, op, dtype, size, backend, microseconds (forward and backward) and where they come from; written by
+benchmarks/gpu.py --update-table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a choice depends on."""
+
+    op: str
+    """A key of `config.backends.BACKENDS`."""
+    device: torch.device
+    dtype: torch.dtype
+    size: int
+    """Row length (norms, activation), head dim (rope, attention), vocabulary columns (losses), 0 otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A back end and the reason it was taken."""
+
+    name: str
+    reason: str
+
+
+class Backends:
+    """The choices of one engine."""
+
+    def __init__(
+        self, forced: Mapping[str, str] | None = None, *, announce: Callable[[str], None] | None = None
+    ) -> None:
+        """`forced`: {operation: back end}. `announce` is given a line for every choice; None = the log, level info."""
+        self.forced = parse_backends(f"{op}={name}" for op, name in (forced or {}).items())
+        self._announce = announce if announce is not None else logging.getLogger("megallm.ops").info
+        self._chosen: dict[tuple[str, torch.device, torch.dtype, int], str] = {}
+        self._fallbacks: set[tuple[str, str]] = set()
+
+    def pick(self, op: str, tensor: torch.Tensor, size: int) -> str:
+        """The name of the back end for `op` on tensors like this one. ValueError if a forced one cannot run."""
+        key = (op, tensor.device, tensor.dtype, size)
+        name = self._chosen.get(key)
+        if name is None:
+            case = Case(op=op, device=tensor.device, dtype=tensor.dtype, size=size)
+            choice = choose(case, self.forced.get(op))
+            name = self._chosen[key] = choice.name
+            self._announce(f"{op}: {choice.name} ({choice.reason})")
+        return name
+
+    def fall_back(self, op: str, reason: str) -> str:
+        """`torch`, for a call of `op` that the others have no form for; announced once for each reason."""
+        if (op, reason) not in self._fallbacks:
+            self._fallbacks.add((op, reason))
+            self._announce(f"{op}: torch ({reason})")
+        return "torch"
+
+
+DEFAULT = Backends()
+"""For operations called without an engine: nothing forced."""
+
+
+def choose(case: Case, forced: str | None = None) -> Choice:
+    """The back end for `case`; ValueError if the forced one cannot run."""
+    if forced is not None:
+        why_not = refusal(case, forced)
+        if why_not is not None:
+            able = [name for name in BACKENDS[case.op] if refusal(case, name) is None]
+            raise ValueError(f"{case.op}={forced} cannot run: {why_not}: use {case.op}={' or '.join(able)}")
+        return Choice(name=forced, reason="asked for")
+    if case.device.type != "cuda":
+        return Choice(name="torch", reason=f"on {case.device.type}")
+    gpu = torch.cuda.get_device_name(case.device)
+    times = _measured(gpu, case)
+    usable = {name: time for name, time in times.items() if refusal(case, name) is None}
+    if not usable:
+        return Choice(name="torch", reason=f"{case.op} was not measured on {gpu}")
+    best = min(usable, key=lambda name: usable[name])
+    return Choice(name=best, reason=", ".join(f"{n} {t:.0f} us" for n, t in sorted(times.items(), key=lambda x: x[1])))
+
+
+def refusal(case: Case, name: str) -> str | None:
+    """Why the back end cannot run `case`; None if it can."""
+    if name == "torch":
+        return None
+    if name == "triton":
+        return _triton_refusal(case)
+    if case.device.type != "cuda":
+        return f"{name} needs a GPU, the tensors are on {case.device.type}"
+    if case.dtype == torch.float64:
+        return f"{name} has no fp64 form"
+    if name == "cuda":
+        return _compiled_refusal()
+    if case.dtype == torch.float32 and name == "flash-attn":
+        return "flash-attn takes fp16 and bf16 only"
+    return package_refusal(name)
+
+
+def package_refusal(name: str) -> str | None:
+    """Why the optional package `flash-attn` or `apex` cannot serve; None if it can. Imports nothing heavy."""
+    if name == "flash-attn":
+        found = any(_has(module) for module in ("flash_attn.cute", "flash_attn.flash_attn_interface"))
+        return None if found else "flash-attn is not installed"
+    if not _has("apex"):
+        return "NVIDIA's apex is not installed"
+    if not _has("apex.optimizers") or not _has("amp_C"):
+        return "this apex has no fused CUDA operations (the one on PyPI is another project): build NVIDIA's from source"
+    return None
+
+
+def _triton_refusal(case: Case) -> str | None:
+    if not _has("triton"):
+        return "triton is not installed"
+    if case.dtype == torch.float64:
+        return "the kernels have no fp64 form"
+    if case.device.type != "cuda" and not _is_interpreting():
+        return f"triton kernels run on a GPU, the tensors are on {case.device.type}; TRITON_INTERPRET=1 interprets them"
+    limit = {"rms_norm": 16384, "layer_norm": 16384, "attention": 256, "rope": 4096}.get(case.op)
+    return f"its longest row is {limit}, this one has {case.size}" if limit is not None and case.size > limit else None
+
+
+def _is_interpreting() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _compiled_refusal() -> str | None:
+    from megallm_kernels import compiled
+
+    return compiled.why_absent()
+
+
+@cache
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # the parent package is missing or is no package
+        return False
+
+
+def _measured(gpu: str, case: Case) -> dict[str, float]:
+    """{back end: microseconds} at the measured size nearest (by ratio) to the case's; empty if there is none."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    rows = [r for r in _table() if (r["gpu"], r["op"], r["dtype"]) == (gpu, case.op, dtype)]
+    if not rows:
+        return {}
+
+    def distance(size: int) -> float:
+        small, large = sorted((max(size, 1), max(case.size, 1)))
+        return large / small
+
+    nearest = min((int(r["size"]) for r in rows), key=distance)
+    return {r["backend"]: float(r["microseconds"]) for r in rows if int(r["size"]) == nearest}
+
+
+@cache
+def _table() -> tuple[dict[str, str], ...]:
+    with MEASURED.open(encoding="utf-8", newline="") as file:
+        return tuple(csv.DictReader(file))
