@@ -1,17 +1,29 @@
 """Packaging: `pip install -c constraints.txt -e .` gives the libraries `megallm` and `megallm_kernels` and the command.
 
 The folder kernels/ is a source root and not a package: its content is installed as `megallm_kernels`.
+
+No compiler is needed. `MEGALLM_BUILD_CUDA=1 pip install .` also builds csrc/ with nvcc into `megallm_kernels._compiled`,
+for the architectures in MEGALLM_CUDA_ARCHS (default "80;90a": A100, and H100 or H200), or fails and says why.
 """
 
+import os
 import re
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 
 # Triton publishes wheels for Linux on these two machines only; elsewhere the plain torch ops serve.
 TRITON = 'triton>=3.6; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")'
+
+BUILD_CUDA = os.environ.get("MEGALLM_BUILD_CUDA", "0")
+CUDA_ARCHS = os.environ.get("MEGALLM_CUDA_ARCHS", "80;90a")
 
 
 def read_version() -> str:
@@ -20,6 +32,71 @@ def read_version() -> str:
     if match is None:
         raise ValueError("megallm/__init__.py states no __version__")
     return match.group(1)
+
+
+def compiled_part() -> list[Extension]:
+    """The extension over csrc/, where MEGALLM_BUILD_CUDA asks for it."""
+    if BUILD_CUDA in ("", "0"):
+        return []
+    if BUILD_CUDA != "1":
+        raise SystemExit(f"MEGALLM_BUILD_CUDA is {BUILD_CUDA!r}: set it to 1 to build the CUDA kernels, to 0 to leave them")
+    sources = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.c[pu]*") if path.suffix != ".cuh")
+    headers = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.*h"))
+    return [Extension("megallm_kernels._compiled", sources=sources, depends=headers)]
+
+
+def find_nvcc() -> str:
+    """The path of nvcc."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    if found is None:
+        where = f"{home}/bin (CUDA_HOME)" if home else "PATH"
+        raise SystemExit(
+            f"MEGALLM_BUILD_CUDA=1 asks for the CUDA kernels in csrc/, and nvcc is not in {where}: install the CUDA "
+            "toolkit (12.0 or newer), or point CUDA_HOME to it, or unset MEGALLM_BUILD_CUDA to install without them"
+        )
+    return found
+
+
+def architecture_options() -> list[str]:
+    """nvcc's options for CUDA_ARCHS."""
+    archs = [arch for arch in re.split(r"[;, ]+", CUDA_ARCHS) if arch]
+    wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
+    if wrong or not archs:
+        raise SystemExit(f"MEGALLM_CUDA_ARCHS is {CUDA_ARCHS!r}: write numbers such as 80;90a")
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+
+
+class BuildWithNvcc(build_ext):
+    """Compiles and links with nvcc alone. The CUDA runtime is linked in, so that the module loads without a GPU."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """One object a source, all at a time; then the module."""
+        import pybind11
+
+        nvcc, archs = find_nvcc(), architecture_options()
+        includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+        options = ["-std=c++20", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", *archs, *includes]
+        objects = Path(self.build_temp)
+        objects.mkdir(parents=True, exist_ok=True)
+
+        def compile_source(source: str) -> str:
+            out = str(objects / f"{Path(source).name}.o")
+            self.run_nvcc([nvcc, *options, "-c", str(ROOT / source), "-o", out])
+            return out
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = list(pool.map(compile_source, ext.sources))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.run_nvcc([nvcc, "-shared", "-cudart=static", *archs, "-o", str(target), *compiled])
+
+    def run_nvcc(self, command: list[str]) -> None:
+        """Runs it; its report (registers, spills) is printed."""
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(" ".join(command), done.stdout, sep="\n", flush=True)
+        if done.returncode != 0:
+            raise SystemExit(f"the CUDA kernels do not build (exit code {done.returncode}), nvcc said:\n{done.stdout}")
 
 
 setup(
@@ -32,6 +109,8 @@ setup(
         *find_packages(where="kernels", include=["megallm_kernels", "megallm_kernels.*"]),
     ],
     package_dir={"megallm": "megallm", "megallm_kernels": "kernels/megallm_kernels"},
+    ext_modules=compiled_part(),
+    cmdclass={"build_ext": BuildWithNvcc},
     install_requires=[
         "torch>=2.11",
         TRITON,

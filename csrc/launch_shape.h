@@ -27,12 +27,12 @@ struct NormShape {
   int rows_per_block;  // 1, 2 or 4
 };
 
-// Vectors: 256 threads hold the usual rows with two accesses each. One by one: 16 accesses a thread.
+// Vectors: at most 512 threads, which hold the usual rows with two accesses each. One by one: 16 accesses a thread.
 inline NormShape norm_shape(int64_t hidden, int dtype, bool aligned) {
   NormShape shape{};
   shape.vector = aligned && hidden % (kVectorBytes / element_size(dtype)) == 0 ? kVectorBytes / element_size(dtype) : 1;
   const int64_t vectors = hidden / shape.vector;
-  shape.per_thread = shape.vector == 1 ? 16 : vectors <= 256 ? 1 : vectors <= 1024 ? 2 : 4;
+  shape.per_thread = shape.vector == 1 ? 16 : vectors <= 256 ? 1 : vectors <= 1024 ? 2 : vectors <= 2048 ? 4 : 8;
   const int64_t threads = ceil_div(ceil_div(vectors, shape.per_thread), 32) * 32;
   shape.threads_per_row = static_cast<int>(threads == 96 ? 128 : threads);
   shape.rows_per_block = std::max(kSmallBlock / shape.threads_per_row, 1);

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megallm_kernels.attention_tiles import document_of, load_tile, tanh, tile_and_head, visible
+from megallm_kernels.attention_tiles import load_tile, packed_tiles, tanh, tile_and_head, visible
 from megallm_kernels.device import target_of
 from megallm_kernels.rows import next_power_of_2
 
@@ -122,7 +122,7 @@ def _attend(
     "num_queries", "num_keys", "num_sequences", "num_tiles", "section", "window"
 ])  # fmt: skip
 def forward_kernel(
-    q, k, v, out, lse, query_offsets, key_offsets,
+    q, k, v, out, lse, table,
     q_token, q_head, k_token, k_head, v_token, v_head, scale, softcap,
     num_queries, num_keys, num_sequences, num_tiles, section, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -134,27 +134,29 @@ def forward_kernel(
     num_queries: Tq if PACKED, else Sq; num_keys: Sk (unless PACKED).
     """
     if PACKED:
-        tile, head = tile_and_head(tl.program_id(0), num_tiles, HEADS, section)
-        document, q_start, tile = document_of(tile, query_offsets, num_sequences, BLOCK_M)
-        real = document < num_sequences
-        length = tl.load(query_offsets + document + 1, mask=real, other=num_queries) - q_start
-        k_start = tl.load(key_offsets + document)
-        num_keys = tl.load(key_offsets + document + 1, mask=real, other=k_start) - k_start
+        number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS, section)
+        entry = table + number * 5
+        q_start = tl.load(entry)
+        length = tl.load(entry + 1)
+        k_start = tl.load(entry + 2)
+        num_keys = tl.load(entry + 3)
+        tile = tl.load(entry + 4)
         num_rows = num_queries
     else:
-        tile, head = tile_and_head(tl.program_id(0), num_tiles, HEADS * num_sequences, section)
-        sequence = head // HEADS
-        head = head % HEADS
+        number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS * num_sequences, section)
+        q_start = head // HEADS * num_queries
+        k_start = head // HEADS * num_keys
         length = num_queries
-        q_start = sequence * num_queries
-        k_start = sequence * num_keys
+        tile = num_tiles - 1 - number  # the last tile sees most keys: first
         num_rows = num_queries * num_sequences
-    tile = tl.cdiv(length, BLOCK_M) - 1 - tile  # the last tile sees most keys: first
-    if PACKED and tile < 0:
-        return
-    first = tile * BLOCK_M
+        head = head % HEADS
+    if PACKED and not WARP_SPECIALIZE:  # which takes no early return: there an idle program has no row and no key
+        if tile < 0:
+            return
+    first = tl.maximum(tile, 0) * BLOCK_M
+    length = tl.where(tile < 0, 0, length)
     shift = num_keys - length
-    # keys low..high are seen by a query of the tile, low_full..high_full by every one; all but high in whole tiles
+    # keys low to high are seen by a query of the tile, low_full to high_full by every one
     low = 0
     low_full = 0
     high = num_keys
@@ -167,6 +169,7 @@ def forward_kernel(
         low_full = tl.cdiv(tl.maximum(first + BLOCK_M + shift - window, 0), BLOCK_N) * BLOCK_N
         low_full = tl.minimum(low_full, tl.cdiv(high, BLOCK_N) * BLOCK_N)
         high_full = tl.maximum(high_full, low_full)
+    high = tl.where(tile < 0, low, high)
     row = first + tl.arange(0, BLOCK_M)
     kv_head = head // GROUP
     scale = tl.cast(scale, tl.float32)
@@ -177,22 +180,16 @@ def forward_kernel(
     queries = load_tile(
         q, q_start + first, q_token, head, q_head, q_start + length, D, BLOCK_M, BLOCK_D, TMA, True
     )  # fmt: skip
-    if WINDOWED:
-        acc, total, largest = _attend(
-            acc, total, largest, queries, k, v, row + shift, k_start, low, low_full, num_keys, kv_head,
-            k_token, k_head, v_token, v_head, scale, softcap, window,
-            D, BLOCK_N, BLOCK_D, CAUSAL, WINDOWED, CAPPED, TMA, WARP_SPECIALIZE, True,
-        )  # fmt: skip
-    acc, total, largest = _attend(
-        acc, total, largest, queries, k, v, row + shift, k_start, low_full, high_full, num_keys, kv_head,
-        k_token, k_head, v_token, v_head, scale, softcap, window,
-        D, BLOCK_N, BLOCK_D, CAUSAL, WINDOWED, CAPPED, TMA, WARP_SPECIALIZE, False,
-    )  # fmt: skip
-    acc, total, largest = _attend(
-        acc, total, largest, queries, k, v, row + shift, k_start, high_full, high, num_keys, kv_head,
-        k_token, k_head, v_token, v_head, scale, softcap, window,
-        D, BLOCK_N, BLOCK_D, CAUSAL, WINDOWED, CAPPED, TMA, WARP_SPECIALIZE, True,
-    )  # fmt: skip
+    for part in tl.static_range(3):
+        # 0: the window's edge, masked; 1: no mask; 2: diagonal and end, masked. One loop if it is to be specialised.
+        if part == 2 or (not WARP_SPECIALIZE and (part == 1 or WINDOWED)):
+            acc, total, largest = _attend(
+                acc, total, largest, queries, k, v, row + shift, k_start,
+                low if part == 0 or WARP_SPECIALIZE else (low_full if part == 1 else high_full),
+                low_full if part == 0 else (high_full if part == 1 else high),
+                num_keys, kv_head, k_token, k_head, v_token, v_head, scale, softcap, window,
+                D, BLOCK_N, BLOCK_D, CAUSAL, WINDOWED, CAPPED, TMA, WARP_SPECIALIZE, part != 1,
+            )  # fmt: skip
     seen = total > 0.0
     acc = acc / tl.where(seen, total, 1.0)[:, None]
     logarithm = (largest + tl.log2(total)) * 0.6931471805599453  # log2(0) = -inf: no key seen

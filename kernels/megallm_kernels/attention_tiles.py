@@ -1,6 +1,6 @@
 """What the attention kernels share: which tile a program works on, how a tile is read, and the formula of a score.
 
-Tiles of documents packed one after another are found without a table made on the host. With c[b] the first token of
+Tiles of documents packed one after another are listed on the device, without waiting for their lengths. With c[b] the first token of
 document b and M the rows of a tile, document b owns the tile numbers from c[b] // M + b on: since
 
     (c[b] + length) // M - c[b] // M + 1  >=  ceil(length / M)
@@ -13,6 +13,7 @@ Letters: T tokens, B sequences, N query heads, K kv heads, D head dim, M rows of
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -36,11 +37,41 @@ def document_of(tile, offsets, num_documents, BLOCK: tl.constexpr):
     high = num_documents
     while low < high:
         middle = (low + high + 1) // 2
-        reached = tl.load(offsets + middle) // BLOCK + middle <= tile
-        low = tl.where(reached, middle, low)
-        high = tl.where(reached, high, middle - 1)
+        if tl.load(offsets + middle) // BLOCK + middle <= tile:
+            low = middle
+        else:
+            high = middle - 1
     start = tl.load(offsets + low)
     return low, start, tile - (start // BLOCK + low)
+
+
+@triton.jit(do_not_specialize=["num_documents", "num_queries"])
+def _table_kernel(table, query_offsets, key_offsets, num_documents, num_queries, BLOCK: tl.constexpr):
+    """One row of `packed_tiles`."""
+    number = tl.program_id(0)
+    document, start, tile = document_of(number, query_offsets, num_documents, BLOCK)
+    real = document < num_documents
+    end = tl.load(query_offsets + document + 1, mask=real, other=num_queries)
+    key_start = tl.load(key_offsets + document)
+    key_end = tl.load(key_offsets + document + 1, mask=real, other=0)
+    row = table + number * 5
+    tl.store(row, start)
+    tl.store(row + 1, end - start)
+    tl.store(row + 2, key_start)
+    tl.store(row + 3, tl.where(real, key_end - key_start, 0))
+    tl.store(row + 4, tl.cdiv(end - start, BLOCK) - 1 - tile)
+
+
+def packed_tiles(query_offsets: torch.Tensor, key_offsets: torch.Tensor, num_queries: int, block: int) -> torch.Tensor:
+    """Table [tiles, 5] int32: first query token, queries, first key token, keys of the document, tile inside it.
+
+    A document's last tile comes first: under a causal mask it takes longest. An idle tile has a negative number.
+    """
+    num_documents = query_offsets.numel() - 1
+    num_tiles = num_queries // block + num_documents + 1
+    table = torch.empty((num_tiles, 5), dtype=torch.int32, device=query_offsets.device)
+    _table_kernel[(num_tiles,)](table, query_offsets, key_offsets, num_documents, num_queries, BLOCK=block, num_warps=1)
+    return table
 
 
 @triton.jit
