@@ -2,7 +2,7 @@
 
 The folder kernels/ is a source root and not a package: its content is installed as `megallm_kernels`.
 
-No compiler is needed. `MEGALLM_BUILD_CUDA=1 pip install .` also builds csrc/ with nvcc into `megallm_kernels._compiled`,
+No compiler is needed. `MEGALLM_BUILD_CUDA=1 pip install .` also builds csrc/ with nvcc, as `megallm_kernels._compiled`,
 for the architectures in MEGALLM_CUDA_ARCHS (default "80;90a": A100, and H100 or H200), or fails and says why.
 """
 
@@ -39,7 +39,7 @@ def compiled_part() -> list[Extension]:
     if BUILD_CUDA in ("", "0"):
         return []
     if BUILD_CUDA != "1":
-        raise SystemExit(f"MEGALLM_BUILD_CUDA is {BUILD_CUDA!r}: set it to 1 to build the CUDA kernels, to 0 to leave them")
+        raise SystemExit(f"MEGALLM_BUILD_CUDA is {BUILD_CUDA!r}: set it to 1 to build the CUDA kernels, or unset it")
     sources = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.c[pu]*") if path.suffix != ".cuh")
     headers = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.*h"))
     return [Extension("megallm_kernels._compiled", sources=sources, depends=headers)]

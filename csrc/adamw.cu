@@ -1,7 +1,7 @@
 // AdamW over many tensors in one launch: a block updates one chunk of one tensor.
 //
-// Bytes per element: 28 with fp32 gradients, 26 with 2-byte ones, 2 more with a copy. A thread has 4 neighbouring elements
-// at a time: 16-byte accesses of fp32, 8-byte ones of 2-byte dtypes. Elements at a tensor's edges are taken one by one.
+// Bytes per element: 28 with fp32 gradients, 26 with 2-byte ones, 2 more with a copy. A thread has 4 neighbouring
+// elements at a time: 16-byte accesses of fp32, 8-byte ones of 2-byte dtypes. A tensor's edges are taken one by one.
 #include "launch.h"
 #include "launch_shape.h"
 
@@ -9,6 +9,10 @@ namespace megallm {
 namespace {
 
 constexpr int kVector = kAdamWVector;
+
+// C is the dtype of the copies, float where there are none.
+template <typename C>
+constexpr bool kCopies = sizeof(C) == 2;
 
 struct Addresses {
   float* p;
@@ -29,7 +33,7 @@ __device__ void update_vector(const Addresses& at, int64_t e, const AdamWRates& 
   store<kVector>(at.p + e, p);
   store<kVector>(at.m + e, m);
   store<kVector>(at.v + e, v);
-  if (at.copy != nullptr) {
+  if constexpr (kCopies<C>) {
     Vector<C, kVector> copy;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) copy.item[i] = narrow<C>(p.item[i]);
@@ -46,10 +50,9 @@ __device__ void update_element(const Addresses& at, int64_t e, const AdamWRates&
   at.p[e] = p;
   at.m[e] = m;
   at.v[e] = v;
-  if (at.copy != nullptr) static_cast<C*>(at.copy)[e] = narrow<C>(p);
+  if constexpr (kCopies<C>) static_cast<C*>(at.copy)[e] = narrow<C>(p);
 }
 
-// C: dtype of the copies, which are written where the table has an address for them.
 template <typename G, typename C>
 __global__ void __launch_bounds__(kAdamWThreads) adamw_kernel(const AdamW a) {
   if (*a.is_bad != 0.0f) return;
@@ -57,7 +60,12 @@ __global__ void __launch_bounds__(kAdamWThreads) adamw_kernel(const AdamW a) {
   const int64_t start = static_cast<int64_t>(a.chunks[2 * blockIdx.x + 1]) * a.chunk;
   const Addresses at{reinterpret_cast<float*>(row[0]), reinterpret_cast<const void*>(row[1]),
                      reinterpret_cast<float*>(row[2]), reinterpret_cast<float*>(row[3]),
-                     a.copy_dtype == kNone ? nullptr : reinterpret_cast<void*>(row[4])};
+                     reinterpret_cast<void*>(row[4])};
+  __builtin_assume(__isGlobal(at.p));  // for all the compiler knows, an address out of a table is one of shared memory
+  __builtin_assume(__isGlobal(at.g));
+  __builtin_assume(__isGlobal(at.m));
+  __builtin_assume(__isGlobal(at.v));
+  if constexpr (kCopies<C>) __builtin_assume(__isGlobal(at.copy));
   const int64_t first = row[5];
   const int64_t end = row[6];
   const bool aligned = (row[7] & kAligned) != 0;
@@ -86,11 +94,9 @@ __global__ void __launch_bounds__(kAdamWThreads) adamw_kernel(const AdamW a) {
 template <typename G>
 void launch_with_gradient(const AdamW& a, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(a.num_chunks);
-  if (a.copy_dtype == kBFloat16) {
-    adamw_kernel<G, __nv_bfloat16><<<blocks, kAdamWThreads, 0, stream>>>(a);
-  } else {
-    adamw_kernel<G, __half><<<blocks, kAdamWThreads, 0, stream>>>(a);
-  }
+  with_type(a.copy_dtype == kNone ? kFloat32 : a.copy_dtype, [&](auto copy) {
+    adamw_kernel<G, decltype(copy)><<<blocks, kAdamWThreads, 0, stream>>>(a);
+  });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Numbers of the three dtypes, one at a time and in vectors. Arithmetic is fp32: widen after a load, narrow before a store.
+// Numbers of the three dtypes, one at a time and in vectors. Arithmetic is fp32: widen, then narrow.
 #pragma once
 
 #include <cstdint>

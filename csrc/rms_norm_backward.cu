@@ -1,7 +1,7 @@
 // Backward of RMSNorm: a fixed number of groups of threads walk over the rows.
 //
-// Each group keeps its sums for the weight's gradient in registers and writes them once; a second kernel adds the groups'
-// sums in a fixed order: no atomics, so the result does not depend on timing.
+// Each group keeps its sums for the weight's gradient in registers and writes them once; a second kernel adds them up in a
+// fixed order: no atomics, so the result does not depend on timing.
 // Bytes per element of a 2-byte dtype: 6 (8 with dnew_residual).
 #include "rms_norm.cuh"
 
@@ -94,7 +94,10 @@ __global__ void __launch_bounds__(kMaxThreads<kVector, kPerThread>)
     const int column = (k * threads_per_row + lane) * kVector;
     if (column < hidden) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) a.partial[group * a.hidden + column + i] = sums[k][i];
+      for (int i = 0; i < kVector; i += 4) {
+        store<4>(a.partial + group * a.hidden + column + i,
+                 Vector<float, 4>{sums[k][i], sums[k][i + 1], sums[k][i + 2], sums[k][i + 3]});
+      }
     }
   }
 }

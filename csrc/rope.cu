@@ -1,7 +1,6 @@
 // Rotary embedding in place over the heads of strided tokens. Bytes per element of a 2-byte dtype: 4.
 //
-// A thread holds the cosines and sines of its 16 bytes of pairs and walks over the heads, so that tables are read once a
-// token and block.
+// A thread holds the cosines and sines of its 16 bytes of pairs and walks over the heads.
 #include "launch.h"
 #include "launch_shape.h"
 

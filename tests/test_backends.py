@@ -9,7 +9,11 @@ from training_cases import MODELS, Case, make_engine, own_batch
 from megallm.config.backends import BACKENDS, parse_backends
 from megallm.ops.backends import Backends, choose, refusal
 from megallm.ops.backends import Case as Situation
+from megallm.parallel.linear import ColumnLinear
+from megallm.parallel.logprobs import VocabLogits
+from megallm.parallel.mesh import Mesh
 from megallm.testing.pool import run_ranks
+from megallm.testing.tolerances import assert_close
 from megallm.trainers.losses import language_model_loss
 
 CPU = torch.device("cpu")
@@ -82,7 +86,7 @@ def test_an_engine_refuses_a_forced_back_end_before_it_is_built() -> None:
 # -- the whole model on interpreted kernels ----------------------------------------------------------------------------
 
 LLAMA, GPT2, _, QWEN3 = list(MODELS)[:4]
-STEPS = 3
+STEPS = 2
 
 
 def curve(case: Case, forced: dict[str, str]) -> list[tuple[float, float]]:
@@ -128,3 +132,62 @@ def test_a_model_learns_the_same_on_triton_kernels(case: Case) -> None:
 def test_layouts_learn_the_same_on_triton_kernels(case: Case) -> None:
     for fused, plain in run_ranks(curves, case.world_size, case, timeout=300.0):
         assert_same(fused, plain)
+
+
+# -- losses over a vocabulary that is cut ------------------------------------------------------------------------------
+
+T, H, V = 7, 12, 101
+LOSS_BACKENDS: list[dict[str, str]] = [{}, {"cross_entropy": "triton"}, {"linear_cross_entropy": "triton"}]
+
+
+def head_case(rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
+    """For each back end: per-token log-probs and the loss sum, each with the gradients of hidden and weight."""
+    tp = Mesh.build(tp=world_size).tp
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = torch.randn(T, H, generator=generator), torch.randn(V, H, generator=generator)
+    labels = torch.randint(0, V, (T,), generator=generator)
+    labels[2] = -100
+    factors = torch.randn(T, generator=generator)
+    rows = -(-V // world_size)
+    own = torch.zeros(rows, H)
+    piece = weight[tp.rank * rows : (tp.rank + 1) * rows]
+    own[: len(piece)] = piece
+    found = []
+    for forced in LOSS_BACKENDS:
+        for summed in (False, True):
+            x, w = hidden.clone().requires_grad_(), torch.nn.Parameter(own.clone())
+            head = ColumnLinear(w, None, tp=tp, sequence_parallel=False)
+            output = VocabLogits(None, vocab_size=V, tp=tp, backends=Backends(forced), hidden=x, head=head)
+            if summed:  # the expected scale is only a hint: another gradient must come out right as well
+                output.expected_scale = torch.tensor(0.5)
+                value = output.summed_cross_entropy(labels)
+                (value * 0.75).backward()
+            else:
+                value = output.token_logprobs(labels)
+                (value * factors).sum().backward()
+            grad = w.grad[: len(piece)]
+            found.append({"value": value.detach(), "hidden": x.grad, "weight": grad})
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_losses_on_every_back_end_match_dense_fp64(world_size: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, H, generator=generator).double().requires_grad_() for n in (T, V))
+    labels = torch.randint(0, V, (T,), generator=generator)
+    labels[2] = -100
+    factors = torch.randn(T, generator=generator).double()
+    logprobs = -torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+    inputs = (hidden, weight)
+    expected = {
+        False: (logprobs.detach(), torch.autograd.grad((logprobs * factors).sum(), inputs, retain_graph=True)),
+        True: (-logprobs.detach().sum(), torch.autograd.grad(-logprobs.sum() * 0.75, inputs)),
+    }
+    parts = run_ranks(head_case, world_size)
+    for index in range(2 * len(LOSS_BACKENDS)):
+        value, (dhidden, dweight) = expected[bool(index % 2)]
+        for part in parts:
+            assert_close(part[index]["value"], value, terms=H + V, label=f"value {index}")
+            assert_close(part[index]["hidden"], dhidden, terms=H + 2 * V, label=f"dhidden {index}")
+        whole = torch.cat([part[index]["weight"] for part in parts])
+        assert_close(whole, dweight, terms=2 * T + H + V, label=f"dweight {index}")

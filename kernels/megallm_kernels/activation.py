@@ -8,7 +8,8 @@
     gelu_tanh  act(g) = g (1 + tanh u) / 2     u = sqrt(2/pi) (g + 0.044715 g^3)
 
 Saved for backward: the input alone; act is computed again. Bytes per element of y in bf16: forward 6, backward 10
-(plain: 4 and 6). Tiling: a program holds a piece of BLOCK columns of one row. Arithmetic in fp32, rounded once at the store.
+(plain: 4 and 6). Tiling: a program holds a piece of BLOCK columns of one row. Arithmetic in fp32, rounded once at the
+store.
 int64: row numbers are widened before they meet a stride.
 
 Letters: T rows, F features.

@@ -173,6 +173,13 @@ def adamw_kernel(
             tl.store(ticket, 0)
 
 
+Lists = tuple[
+    Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor],
+    Sequence[torch.Tensor],
+]  # fmt: skip
+"""params, grads, exp_avgs, exp_avg_sqs, copies."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdamWPlan:
     """The tables of one set of tensors: made once, valid until a tensor's memory moves."""
@@ -210,6 +217,22 @@ class AdamWPlan:
             launch=launch,
         )  # fmt: skip
 
+    @classmethod
+    def of_tensors(
+        cls, lists: Lists, scalars: Sequence[torch.Tensor], table: torch.Tensor, chunks: torch.Tensor,
+        ticket: torch.Tensor, host_table: torch.Tensor,
+    ) -> AdamWPlan:  # fmt: skip
+        """The plan whose tensors these are, or a new one where they are not of `lists`.
+
+        ValueError if a scalar (step, learning_rate, grad_divisor, is_bad) is not one number on the plan's device.
+        """
+        _check_scalars(table.device, *scalars)
+        if not _is_table_of(host_table, lists):
+            return cls.build(*lists, decayed=[bool(row[7] & _DECAYED) for row in host_table.tolist()])
+        target = target_of(table)
+        launch = plan(sum(p.numel() for p in lists[0]), arch=target.arch, num_sms=target.num_sms)
+        return cls(table=table, chunks=chunks, ticket=ticket, host_table=host_table, host_chunks=chunks, launch=launch)
+
     def fits(
         self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], exp_avgs: Sequence[torch.Tensor],
         exp_avg_sqs: Sequence[torch.Tensor], copies: Sequence[torch.Tensor] = (),
@@ -218,13 +241,7 @@ class AdamWPlan:
         return _is_table_of(self.host_table, (params, grads, exp_avgs, exp_avg_sqs, copies))
 
 
-_Lists = tuple[
-    Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor],
-    Sequence[torch.Tensor],
-]  # fmt: skip
-
-
-def _check(lists: _Lists, decayed: Sequence[bool] | None) -> None:
+def _check(lists: Lists, decayed: Sequence[bool] | None) -> None:
     params, grads, *_, copies = lists
     counts = [len(each) for each in lists]
     if counts[:4] != counts[:1] * 4 or counts[4] not in (0, counts[0]) or len(decayed or params) != counts[0]:
@@ -244,16 +261,17 @@ def _check(lists: _Lists, decayed: Sequence[bool] | None) -> None:
                 )
 
 
-def _check_scalars(device: torch.device, **scalars: torch.Tensor) -> None:
-    for name, scalar in scalars.items():
+def _check_scalars(device: torch.device, *scalars: torch.Tensor) -> None:
+    names = ("step", "learning_rate", "grad_divisor", "is_bad")
+    for name, scalar in zip(names, scalars, strict=True):
         if scalar.numel() != 1 or scalar.device != device:
             got = f"{tuple(scalar.shape)} on {scalar.device}"
             raise ValueError(f"AdamW's {name} must be one number on {device}, where the params are; got {got}")
-    if scalars["step"].dtype != torch.float32:
-        raise ValueError(f"AdamW's step must be fp32, got {scalars['step'].dtype}")
+    if scalars[0].dtype != torch.float32:
+        raise ValueError(f"AdamW's step must be fp32, got {scalars[0].dtype}")
 
 
-def _table_of(lists: _Lists, decayed: Sequence[bool] | None) -> torch.Tensor:
+def _table_of(lists: Lists, decayed: Sequence[bool] | None) -> torch.Tensor:
     params = lists[0]
     table = torch.zeros((len(params), COLUMNS), dtype=torch.int64)
     for i, param in enumerate(params):
@@ -272,7 +290,7 @@ def _common_shift(tensors: Sequence[torch.Tensor]) -> int | None:
     return shifts.pop() if len(shifts) == 1 else None
 
 
-def _is_table_of(table: torch.Tensor, lists: _Lists) -> bool:
+def _is_table_of(table: torch.Tensor, lists: Lists) -> bool:
     params, *_, copies = lists
     rows = table.tolist()
     if len(rows) != len(params) or (not copies and any(row[4] for row in rows)):
@@ -326,13 +344,13 @@ def launch_adamw(
         return
     adamw_kernel[(len(made.chunks),)](
         made.table, made.chunks, made.ticket, step, learning_rate, grad_divisor, is_bad,
-        _log(beta1), _log(beta2), 1 - beta1, 1 - beta2, eps, weight_decay,
+        log_beta(beta1), log_beta(beta2), 1 - beta1, 1 - beta2, eps, weight_decay,
         GRADIENT=_GRADIENT_TYPES[gradient], COPY=None if copy is None else _COPY_TYPES[copy], COLUMNS=COLUMNS,
         CHUNK=made.launch.chunk, BLOCK=made.launch.block, num_warps=made.launch.num_warps,
     )  # fmt: skip
 
 
-def _log(beta: float) -> float:
+def log_beta(beta: float) -> float:
     """log(beta), very negative for beta 0 (and not infinite: 0 * inf would be NaN)."""
     if not 0 <= beta < 1:
         raise ValueError(f"AdamW's beta ({beta}) must be at least 0 and less than 1")
@@ -350,15 +368,7 @@ def update(
 ) -> None:  # fmt: skip
     """`adamw_` with the plan's tensors spelled out. If a compiler passes copies of the tensors, new tables are made."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, copies)
-    _check_scalars(table.device, step=step, learning_rate=learning_rate, grad_divisor=grad_divisor, is_bad=is_bad)
-    if _is_table_of(host_table, lists):
-        target = target_of(table)
-        launch = plan(sum(p.numel() for p in params), arch=target.arch, num_sms=target.num_sms)
-        made = AdamWPlan(
-            table=table, chunks=chunks, ticket=ticket, host_table=host_table, host_chunks=chunks, launch=launch
-        )
-    else:
-        made = AdamWPlan.build(*lists, decayed=[bool(row[7] & _DECAYED) for row in host_table.tolist()])
+    made = AdamWPlan.of_tensors(lists, (step, learning_rate, grad_divisor, is_bad), table, chunks, ticket, host_table)
     launch_adamw(
         made, step, learning_rate, grad_divisor, is_bad, gradient=grads[0].dtype if grads else torch.float32,
         copy=copies[0].dtype if copies else None, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megallm_kernels.attention_tiles import load_tile, packed_tiles, tanh, tile_and_head, visible
+from megallm_kernels.attention_tiles import LOG2_E, load_tile, packed_tiles, tanh, tile_and_head, visible
 from megallm_kernels.device import target_of
 from megallm_kernels.rows import next_power_of_2
 
@@ -192,10 +192,98 @@ def forward_kernel(
             )  # fmt: skip
     seen = total > 0.0
     acc = acc / tl.where(seen, total, 1.0)[:, None]
-    logarithm = (largest + tl.log2(total)) * 0.6931471805599453  # log2(0) = -inf: no key seen
+    logarithm = (largest + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453
     token = tl.cast(q_start + row, tl.int64)
     inside = row < length
     column = tl.arange(0, BLOCK_D)
     at = (token * (HEADS * D) + head * D)[:, None] + column[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
     tl.store(lse + tl.cast(head, tl.int64) * num_rows + token, tl.where(seen, logarithm, float("-inf")), mask=inside)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None, *,
+    batch_size: int, max_seqlen_q: int, max_seqlen_k: int, causal: bool, window: int, softcap: float, scale: float,
+    launch: Launch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(out [Tq, N, D], lse [N, Tq] fp32) of q [Tq, N, D], k and v [Tk, K, D].
+
+    `cu_seqlens_*` [B+1] int32: documents packed one after another (empty ones too); None: `batch_size` sequences of one
+    length. A row that sees no key, or past the last document: out 0, lse -inf. causal: query i sees keys
+    j <= i + (Sk - Sq); window > 0: and i + (Sk - Sq) - j < window. softcap 0: none. `max_seqlen_k` only orders the
+    work. `launch` replaces the settings of the table: for measurements and tests.
+    """
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, batch_size=batch_size, causal=causal, window=window,
+          softcap=softcap, scale=scale)  # fmt: skip
+    num_queries, num_heads, head_dim = q.shape
+    out = torch.empty((num_queries, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_heads, num_queries), dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or k.numel() == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if launch is None:
+        aligned = all(_aligned(x) for x in (q, k, v))
+        launch = plan(target_of(q).arch, head_dim, element_bytes=q.element_size(), aligned=aligned)
+    group = num_heads // k.size(1)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        table = packed_tiles(cu_seqlens_q, cu_seqlens_k, num_queries, launch.block_m)
+        num_tiles, heads, longest = table.size(0), num_heads, max_seqlen_k
+        sizes = (num_queries, k.size(0), cu_seqlens_q.numel() - 1)
+    else:
+        sizes = (num_queries // batch_size, k.size(0) // batch_size, batch_size)
+        table, num_tiles = lse, triton.cdiv(sizes[0], launch.block_m)
+        heads, longest = num_heads * batch_size, sizes[1]
+    section = group * max(CACHE_BYTES // (2 * max(longest, 1) * head_dim * k.element_size()), 1)
+    scales = (softcap * LOG2_E, scale / softcap) if softcap else (scale * LOG2_E, 0.0)
+    read: Any = (q, k, v)
+    if launch.tma:
+        rows = (launch.block_m, launch.block_n, launch.block_n)
+        read = [descriptor(x, n, launch.block_d) for x, n in zip((q, k, v), rows, strict=True)]
+    forward_kernel[(num_tiles * heads,)](
+        *read, out, lse, table, *(x.stride(i) for x in (q, k, v) for i in (0, 1)), *scales,
+        *sizes, num_tiles, min(section, heads), window,
+        HEADS=num_heads, GROUP=group, D=head_dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
+        BLOCK_D=launch.block_d, CAUSAL=causal, WINDOWED=window > 0, CAPPED=softcap > 0,
+        PACKED=cu_seqlens_q is not None, TMA=launch.tma, WARP_SPECIALIZE=launch.warp_specialize,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None, *,
+    batch_size: int, causal: bool, window: int, softcap: float, scale: float,
+) -> None:  # fmt: skip
+    """ValueError, in words, for arguments that do not fit together."""
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.size(2) != k.size(2):
+        raise ValueError(f"{shapes}: expected q [Tq, N, D], k and v [Tk, K, D]")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v of {q.dtype}, {k.dtype}, {v.dtype}: cast them to one dtype")
+    if k.size(1) == 0 or q.size(1) % k.size(1):
+        raise ValueError(f"{q.size(1)} query heads do not divide among {k.size(1)} kv heads ({shapes})")
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k come together: give both or none")
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if offsets is not None and (offsets.dtype != torch.int32 or offsets.dim() != 1 or not offsets.is_contiguous()):
+            raise ValueError(f"{name} is {offsets.dtype} {list(offsets.shape)}: expected contiguous int32 [B + 1]")
+    if cu_seqlens_q is None and (batch_size < 1 or q.size(0) % batch_size or k.size(0) % batch_size):
+        raise ValueError(f"{q.size(0)} queries, {k.size(0)} keys are not {batch_size} sequences: give cu_seqlens")
+    if window < 0 or (window and not causal):
+        raise ValueError(f"window {window} with causal={causal}: a window is positive and needs causal=True; 0 = none")
+    if softcap < 0 or scale <= 0:
+        raise ValueError(f"softcap {softcap}, scale {scale}: softcap is at least 0 (none), scale above 0")
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Whether a TMA descriptor can read x [T, heads, D]: address and strides in multiples of 16 bytes, none 0."""
+    strides = [x.stride(i) * x.element_size() for i in (0, 1) if x.size(i) > 1]
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+
+
+def descriptor(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
+    """Of x [T, heads, D], as [heads, T, D] in blocks [1, rows, block_d]; outside it reads 0. Made on the host."""
+    token, head = (x.stride(i) if x.size(i) > 1 else block_d for i in (0, 1))
+    return TensorDescriptor(x, [x.size(1), x.size(0), x.size(2)], [head, token, 1], [1, rows, block_d])

@@ -44,20 +44,27 @@ class Launch:
     num_warps: int
     programs_per_sm: int
     """Of the persistent backward."""
+    stages: int
+    """Tiles of the persistent backward that are on their way from memory at a time (cp.async), the current one too."""
 
 
-# (largest BLOCK, elements a tile, warps, programs per multiprocessor in backward); 16 bytes a thread and access.
-_FORWARD = ((1024, 2048, 4, 0), (4096, 4096, 8, 0), (8192, 8192, 8, 0), (16384, 16384, 16, 0))
-_BACKWARD = ((256, 1024, 4, 8), (1024, 2048, 4, 4), (4096, 4096, 8, 2), (8192, 8192, 16, 1), (16384, 16384, 32, 1))
+# (largest BLOCK, elements a tile, warps, programs per multiprocessor, stages), the last two for backward; 16 bytes a
+# thread and access. The longest rows leave no registers for a second tile.
+_FORWARD = ((1024, 2048, 4, 0, 1), (4096, 4096, 8, 0, 1), (8192, 8192, 8, 0, 1), (16384, 16384, 16, 0, 1))
+_BACKWARD = (
+    (256, 1024, 4, 8, 3), (1024, 2048, 4, 4, 3), (4096, 4096, 8, 2, 3), (8192, 8192, 16, 1, 3), (16384, 16384, 32, 1, 1)
+)  # fmt: skip
 
 
 def plan(hidden_size: int, *, backward: bool) -> Launch:
     """Launch settings for rows of `hidden_size` elements; ValueError if one row is too long."""
     block = next_power_of_2(hidden_size)
-    for largest, elements, num_warps, programs_per_sm in _BACKWARD if backward else _FORWARD:
+    for largest, elements, num_warps, programs_per_sm, stages in _BACKWARD if backward else _FORWARD:
         if block <= largest:
             rows = max(elements // block, 1)
-            return Launch(rows=rows, block=block, num_warps=num_warps, programs_per_sm=programs_per_sm)
+            return Launch(
+                rows=rows, block=block, num_warps=num_warps, programs_per_sm=programs_per_sm, stages=stages
+            )
     raise ValueError(f"hidden size {hidden_size} is over {MAX_HIDDEN}, the longest row of this kernel: use torch's")
 
 
@@ -98,7 +105,7 @@ def backward_kernel(
     dy, x, weight, mean, rstd, dnew_residual, dx, dweight, dbias,
     num_rows, hidden, x_inner_rows, x_outer, x_inner, dy_inner_rows, dy_outer, dy_inner, dres_inner_rows, dres_outer,
     dres_inner, ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTERED: tl.constexpr, ADD: tl.constexpr,
-    NEEDS_DWEIGHT: tl.constexpr,
+    NEEDS_DWEIGHT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program p walks over tiles p, p + programs, ...; writes row p of dweight and dbias [programs, H] fp32."""
     column = tl.arange(0, BLOCK)
@@ -107,7 +114,9 @@ def backward_kernel(
     dw = tl.zeros([BLOCK], dtype=tl.float32)
     db = tl.zeros([BLOCK], dtype=tl.float32)
     # disable_licm: addresses computed ahead of the loop would take registers that the longest rows need
-    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), disable_licm=True):
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES, disable_licm=True
+    ):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         in_rows = row < num_rows
         inside = in_rows[:, None] & in_row[None, :]
@@ -140,6 +149,22 @@ def backward_kernel(
         tl.store(dweight + at, dw, mask=in_row)
         if CENTERED:
             tl.store(dbias + at, db, mask=in_row)
+
+
+_SUM_ROWS, _SUM_COLUMNS = 64, 32
+"""Tile of the second pass: 32 fp32 columns are one 128-byte line of each row."""
+
+
+@triton.jit
+def sum_rows_kernel(partial, out, num_rows, hidden, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Column sums of partial [num_rows, hidden] fp32 into out [hidden], rounded once."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, num_rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < num_rows)[:, None] & (column < hidden)[None, :]
+        total += tl.load(partial + row.to(tl.int64)[:, None] * hidden + column[None, :], mask=inside, other=0.0)
+    tl.store(out + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < hidden)
 
 
 _Outputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
@@ -190,12 +215,16 @@ def backward(
             drows, rows, weight, mean, rstd, dres, dx, partial[0], partial[1],
             num_rows, hidden, *_strides(rows), *_strides(drows), *_strides(dres),
             ROWS=launch.rows, BLOCK=launch.block, CENTERED=centered, ADD=dnew_residual is not None,
-            NEEDS_DWEIGHT=needs_dweight, num_warps=launch.num_warps,
+            NEEDS_DWEIGHT=needs_dweight, STAGES=launch.stages, num_warps=launch.num_warps,
         )  # fmt: skip
     if not needs_dweight:
         return dx, weight.new_empty(0), weight.new_empty(0)
-    dweight = partial[0].sum(0).to(weight.dtype)
-    return dx, dweight, partial[1].sum(0).to(weight.dtype) if centered else weight.new_empty(0)
+    sums = [torch.empty(hidden, dtype=weight.dtype, device=x.device) for _ in range(1 + centered)]
+    for each, rows_of_sums in zip(sums, partial, strict=False):
+        sum_rows_kernel[(triton.cdiv(hidden, _SUM_COLUMNS),)](
+            rows_of_sums, each, num_programs, hidden, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
+        )
+    return dx, sums[0], sums[1] if centered else weight.new_empty(0)
 
 
 @torch.library.custom_op("megallm_kernels::norm", mutates_args=())

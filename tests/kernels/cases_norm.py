@@ -15,7 +15,18 @@ _POINTERS |= {name: "*fp32" for name in ("mean", "rstd", "dweight", "dbias")}
 def cases() -> list[CompileCase]:
     """Both passes of each table row; the residual form, which takes most registers."""
     sizes = [(size, False) for size in (128, 1024, 4096, 8192, 16384)] + [(8192, True)]
-    return [_case(size, backward, centered) for size, centered in sizes for backward in (False, True)]
+    both = [_case(size, backward, centered) for size, centered in sizes for backward in (False, True)]
+    return [*both, _sum_case()]
+
+
+def _sum_case() -> CompileCase:
+    return CompileCase(
+        name="sum of partial rows",
+        kernel=norm.sum_rows_kernel,
+        signature={"partial": "*fp32", "out": "*bf16", "num_rows": "i32", "hidden": "i32"},
+        constexprs={"ROWS": norm._SUM_ROWS, "COLUMNS": norm._SUM_COLUMNS},
+        unaligned=("num_rows",),
+    )
 
 
 def _case(hidden_size: int, backward: bool, centered: bool) -> CompileCase:
@@ -24,7 +35,7 @@ def _case(hidden_size: int, backward: bool, centered: bool) -> CompileCase:
     constexprs = {"ROWS": launch.rows, "BLOCK": launch.block, "CENTERED": centered, "ADD": True}
     constexprs |= {name: 1 for name in kernel.arg_names if name.endswith("inner_rows")}
     if backward:
-        constexprs["NEEDS_DWEIGHT"] = True
+        constexprs |= {"NEEDS_DWEIGHT": True, "STAGES": launch.stages}
     integers = {name: "i32" for name in kernel.arg_names}
     direction = "backward" if backward else "forward"
     return CompileCase(

@@ -1,0 +1,311 @@
+"""Attention, backward: the kernels; what they compute and how they are launched is told in attention_backward.py.
+
+A score in base 2 is `scale * s`, or `scale * tanh(softcap * s)` if CAPPED, where s = q k^T. Statistics of a query: lse in
+base 2, +inf where no key is seen or past a sequence's end (then p = exp2(s - inf) = 0 without a mask), and delta.
+
+Letters: Tq query tokens, Tk key tokens, N query heads, K kv heads, GROUP = N / K, D head dim; M queries, N keys of a tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megallm_kernels.attention_tiles import load_tile, tanh, tile_and_head, visible
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def prepare_kernel(
+    out, dout, lse, dlse, stats, accumulator, dout_token, dout_head, num_queries,
+    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DLSE: tl.constexpr,
+    ZERO: tl.constexpr,
+):  # fmt: skip
+    """stats [2, N, Tq] of ROWS queries of one head: lse in base 2, delta = sum(out dout) - dlse; zeros accumulator."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    inside = row < num_queries
+    both = inside[:, None] & (column < D)[None, :]
+    token = tl.cast(row, tl.int64)
+    at = (token * (HEADS * D) + head * D)[:, None] + column[None, :]
+    o = tl.load(out + at, mask=both, other=0.0).to(tl.float32)
+    dout_at = (token * dout_token + tl.cast(head, tl.int64) * dout_head)[:, None] + column[None, :]
+    do = tl.load(dout + dout_at, mask=both, other=0.0).to(tl.float32)
+    delta = tl.sum(o * do, axis=1)
+    at_row = tl.cast(head, tl.int64) * num_queries + token
+    natural = tl.load(lse + at_row, mask=inside, other=float("-inf"))
+    if HAS_DLSE:
+        delta -= tl.load(dlse + at_row, mask=inside, other=0.0).to(tl.float32)
+    alive = natural != float("-inf")
+    tl.store(stats + at_row, tl.where(alive, natural * 1.4426950408889634, float("inf")), mask=inside)
+    delta_row = tl.cast(HEADS, tl.int64) * num_queries + at_row
+    tl.store(stats + delta_row, tl.where(alive, delta, 0.0), mask=inside)
+    if ZERO:
+        tl.store(accumulator + at, tl.zeros([ROWS, BLOCK_D], dtype=tl.float32), mask=both)
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def convert_kernel(
+    accumulator, dq, dq_token, dq_head, num_queries, factor,
+    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq = factor * accumulator [Tq, N, D] fp32, rounded once; ROWS queries of one head."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    both = (row < num_queries)[:, None] & (column < D)[None, :]
+    token = tl.cast(row, tl.int64)
+    x = tl.load(accumulator + (token * (HEADS * D) + head * D)[:, None] + column[None, :], mask=both, other=0.0)
+    x *= tl.cast(factor, tl.float32)
+    at = (token * dq_token + tl.cast(head, tl.int64) * dq_head)[:, None] + column[None, :]
+    tl.store(dq + at, x.to(dq.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def _store_gradient(target, tile, factor, start, first, length, token_stride, head, head_stride,
+                    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Rows `first` on of a sequence that begins at token `start` and has `length` tokens."""
+    row = first + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    token = tl.cast(start + row, tl.int64)
+    at = (token * token_stride)[:, None] + (tl.cast(head, tl.int64) * head_stride + column)[None, :]
+    tl.store(target + at, (tile * factor).to(target.dtype.element_ty), mask=(row < length)[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def _queries_of_keys(
+    dk, dv, keys, values, q, dout, stats, dq,
+    key, q_start, num_queries, num_keys, kv_head, num_rows, count_a, start_a, count_b, start_b,
+    q_token, q_head, dout_token, dout_head, scale, softcap, window,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr, ADD_DQ: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """For each head of the group: count_a tiles of queries from start_a on, then count_b from start_b on."""
+    inner = tl.arange(0, BLOCK_M)
+    precision: tl.constexpr = "tf32x3" if keys.dtype == tl.float32 else "tf32"
+    shift = num_keys - num_queries
+    each = count_a + count_b
+    for i in tl.range(0, GROUP * each, num_stages=STAGES, warp_specialize=WARP_SPECIALIZE):
+        head = kv_head * GROUP + i // each
+        tile = i % each
+        first = tl.where(tile < count_a, start_a + tile * BLOCK_M, start_b + (tile - count_a) * BLOCK_M)
+        if MASKED:
+            end = q_start + num_queries
+        else:
+            end = num_rows
+        queries = load_tile(q, q_start + first, q_token, head, q_head, end, D, BLOCK_M, BLOCK_D, TMA, MASKED)
+        s = tl.dot(keys, queries.T, input_precision=precision)  # transposed: p and ds are operands as they are
+        at = stats + tl.cast(head, tl.int64) * num_rows + q_start + first
+        at_delta = at + tl.cast(HEADS, tl.int64) * num_rows
+        if MASKED:
+            lse = tl.load(at + inner, mask=first + inner < num_queries, other=float("inf"))
+            delta = tl.load(at_delta + inner, mask=first + inner < num_queries, other=0.0)
+        else:
+            lse = tl.load(at + inner)
+            delta = tl.load(at_delta + inner)
+        if CAPPED:
+            s = tanh(s * softcap)
+        p = tl.exp2(s * scale - lse[None, :])
+        if MASKED:
+            seen = visible((first + inner + shift)[None, :], key[:, None], num_keys, window, CAUSAL, WINDOWED)
+            p = tl.where(seen, p, 0.0)
+        do = load_tile(dout, q_start + first, dout_token, head, dout_head, end, D, BLOCK_M, BLOCK_D, TMA, MASKED)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=precision)
+        dp = tl.dot(values, do.T, input_precision=precision)
+        ds = p * (dp - delta[None, :])
+        if CAPPED:
+            ds = ds * (1.0 - s * s)
+        ds = ds.to(queries.dtype)
+        dk = tl.dot(ds, queries, dk, input_precision=precision)
+        if ADD_DQ:
+            part = tl.dot(ds.T, keys, input_precision=precision)
+            if TMA:  # rows of the next sequence have ds = 0
+                dq.atomic_add([q_start + first, head * D], part)
+            else:
+                column = tl.arange(0, BLOCK_D)
+                token = tl.cast(q_start + first, tl.int64) + inner
+                to = dq + (token * (HEADS * D))[:, None] + (head * D + column)[None, :]
+                if MASKED:
+                    inside = (first + inner < num_queries)[:, None] & (column < D)[None, :]
+                    tl.atomic_add(to, part, mask=inside, sem="relaxed")
+                elif BLOCK_D == D:
+                    tl.atomic_add(to, part, sem="relaxed")
+                else:
+                    tl.atomic_add(to, part, mask=(column < D)[None, :], sem="relaxed")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=[
+    "num_queries", "num_keys", "num_sequences", "num_tiles", "section", "window"
+])  # fmt: skip
+def keys_kernel(
+    q, k, v, dout, stats, dq, dk, dv, table,
+    q_token, q_head, k_token, k_head, v_token, v_head, dout_token, dout_head, dk_token, dk_head, dv_token, dv_head,
+    scale, softcap, factor, num_queries, num_keys, num_sequences, num_tiles, section, window,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
+    TMA: tl.constexpr, ADD_DQ: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys of one kv head, over its group's queries; ADD_DQ: adds their dq / factor to dq.
+
+    num_queries: Tq if PACKED, else Sq; num_keys: Sk (unless PACKED).
+    """
+    if PACKED:
+        number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS // GROUP, section)
+        entry = table + number * 5
+        k_start = tl.load(entry)
+        num_keys = tl.load(entry + 1)
+        q_start = tl.load(entry + 2)
+        length = tl.load(entry + 3)
+        tile = tl.load(entry + 4)
+        length = tl.where(tile < 0, 0, length)  # an idle program has no query; its keys are past the end
+        tile = tl.cdiv(num_keys, BLOCK_N) - 1 - tile  # the first keys are seen by most queries: first
+        num_rows = num_queries
+    else:
+        number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS // GROUP * num_sequences, section)
+        q_start = head // (HEADS // GROUP) * num_queries
+        k_start = head // (HEADS // GROUP) * num_keys
+        length = num_queries
+        tile = number
+        num_rows = num_queries * num_sequences
+        head = head % (HEADS // GROUP)
+    first = tile * BLOCK_N
+    shift = num_keys - length
+    # queries low to high see a key of the tile, low_full to high_full see all of them
+    low = 0
+    low_full = 0
+    high = length
+    high_full = length // BLOCK_M * BLOCK_M
+    if CAUSAL:
+        low = tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M
+        low_full = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - shift, 0), BLOCK_M) * BLOCK_M
+    if WINDOWED:
+        high = tl.minimum(length, tl.maximum(first + BLOCK_N - 1 + window - shift, 0))
+        high_full = tl.minimum(high_full, tl.maximum(first + window - shift, 0) // BLOCK_M * BLOCK_M)
+    high = tl.maximum(tl.cdiv(high, BLOCK_M) * BLOCK_M, low)
+    low_full = tl.minimum(low_full, high)
+    high_full = tl.maximum(high_full, low_full)
+    if ADD_DQ:  # a key past the end has to be masked: its ds would reach dq
+        high_full = tl.where(first + BLOCK_N > num_keys, low_full, high_full)
+    key = first + tl.arange(0, BLOCK_N)
+    scale = tl.cast(scale, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
+    end = k_start + num_keys
+    keys = load_tile(k, k_start + first, k_token, head, k_head, end, D, BLOCK_N, BLOCK_D, TMA, True)
+    values = load_tile(v, k_start + first, v_token, head, v_head, end, D, BLOCK_N, BLOCK_D, TMA, True)
+    acc_k = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    acc_v = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    for part in tl.static_range(2):  # masked: diagonal, the window's edge, the last queries; then without masks
+        acc_k, acc_v = _queries_of_keys(
+            acc_k, acc_v, keys, values, q, dout, stats, dq, key, q_start, length, num_keys, head, num_rows,
+            (low_full - low) // BLOCK_M if part == 0 else (high_full - low_full) // BLOCK_M,
+            low if part == 0 else low_full,
+            (high - high_full) // BLOCK_M if part == 0 else 0, high_full,
+            q_token, q_head, dout_token, dout_head, scale, softcap, window,
+            HEADS, GROUP, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOWED, CAPPED, TMA, ADD_DQ, WARP_SPECIALIZE, STAGES,
+            part == 0,
+        )  # fmt: skip
+    factor = tl.cast(factor, tl.float32)
+    _store_gradient(dk, acc_k, factor, k_start, first, num_keys, dk_token, head, dk_head, D, BLOCK_N, BLOCK_D)
+    _store_gradient(dv, acc_v, 1.0, k_start, first, num_keys, dv_token, head, dv_head, D, BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def _keys_of_queries(
+    dq, queries, do, lse, delta, k, v, query, k_start, num_keys, kv_head, count_a, start_a, count_b, start_b,
+    k_token, k_head, v_token, v_head, scale, softcap, window,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """count_a tiles of keys from start_a on, then count_b from start_b on."""
+    column = tl.arange(0, BLOCK_N)
+    precision: tl.constexpr = "tf32x3" if queries.dtype == tl.float32 else "tf32"
+    end = k_start + num_keys
+    for i in tl.range(0, count_a + count_b, num_stages=STAGES, warp_specialize=WARP_SPECIALIZE):
+        first = tl.where(i < count_a, start_a + i * BLOCK_N, start_b + (i - count_a) * BLOCK_N)
+        keys = load_tile(k, k_start + first, k_token, kv_head, k_head, end, D, BLOCK_N, BLOCK_D, TMA, MASKED)
+        s = tl.dot(queries, keys.T, input_precision=precision)
+        values = load_tile(v, k_start + first, v_token, kv_head, v_head, end, D, BLOCK_N, BLOCK_D, TMA, MASKED)
+        dp = tl.dot(do, values.T, input_precision=precision)
+        if CAPPED:
+            s = tanh(s * softcap)
+        p = tl.exp2(s * scale - lse[:, None])
+        if MASKED:
+            seen = visible(query[:, None], (first + column)[None, :], num_keys, window, CAUSAL, WINDOWED)
+            p = tl.where(seen, p, 0.0)
+        ds = p * (dp - delta[:, None])
+        if CAPPED:
+            ds = ds * (1.0 - s * s)
+        dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=precision)
+    return dq
+
+
+@triton.jit(do_not_specialize=[
+    "num_queries", "num_keys", "num_sequences", "num_tiles", "section", "window"
+])  # fmt: skip
+def queries_kernel(
+    q, k, v, dout, stats, dq, table,
+    q_token, q_head, k_token, k_head, v_token, v_head, dout_token, dout_head, dq_token, dq_head,
+    scale, softcap, factor, num_queries, num_keys, num_sequences, num_tiles, section, window,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
+    TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries of one head. num_queries: Tq if PACKED, else Sq; num_keys: Sk (unless PACKED)."""
+    if PACKED:
+        number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS, section)
+        entry = table + number * 5
+        q_start = tl.load(entry)
+        length = tl.load(entry + 1)
+        k_start = tl.load(entry + 2)
+        num_keys = tl.load(entry + 3)
+        tile = tl.load(entry + 4)
+        num_rows = num_queries
+    else:
+        number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS * num_sequences, section)
+        q_start = head // HEADS * num_queries
+        k_start = head // HEADS * num_keys
+        length = num_queries
+        tile = num_tiles - 1 - number  # the last tile sees most keys: first
+        num_rows = num_queries * num_sequences
+        head = head % HEADS
+    length = tl.where(tile < 0, 0, length)  # an idle program has no query and looks at no key
+    num_keys = tl.where(tile < 0, 0, num_keys)
+    first = tl.maximum(tile, 0) * BLOCK_M
+    shift = num_keys - length
+    # keys low to high are seen by a query of the tile, low_full to high_full by every one
+    low = 0
+    low_full = 0
+    high = num_keys
+    high_full = num_keys // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        high = tl.maximum(tl.minimum(num_keys, first + BLOCK_M + shift), 0)
+        high_full = tl.maximum(tl.minimum(num_keys, first + shift + 1), 0) // BLOCK_N * BLOCK_N
+    if WINDOWED:
+        low = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N
+        low_full = tl.cdiv(tl.maximum(first + BLOCK_M + shift - window, 0), BLOCK_N) * BLOCK_N
+    high = tl.maximum(tl.cdiv(high, BLOCK_N) * BLOCK_N, low)
+    low_full = tl.minimum(low_full, high)
+    high_full = tl.maximum(high_full, low_full)
+    row = first + tl.arange(0, BLOCK_M)
+    scale = tl.cast(scale, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
+    end = q_start + length
+    queries = load_tile(q, q_start + first, q_token, head, q_head, end, D, BLOCK_M, BLOCK_D, TMA, True)
+    do = load_tile(dout, q_start + first, dout_token, head, dout_head, end, D, BLOCK_M, BLOCK_D, TMA, True)
+    at = stats + tl.cast(head, tl.int64) * num_rows + q_start
+    lse = tl.load(at + row, mask=row < length, other=float("inf"))
+    delta = tl.load(at + tl.cast(HEADS, tl.int64) * num_rows + row, mask=row < length, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for part in tl.static_range(2):  # without masks; then masked: the window's edge, diagonal, the last keys
+        acc = _keys_of_queries(
+            acc, queries, do, lse, delta, k, v, row + shift, k_start, num_keys, head // GROUP,
+            (high_full - low_full) // BLOCK_N if part == 0 else (low_full - low) // BLOCK_N,
+            low_full if part == 0 else low,
+            0 if part == 0 else (high - high_full) // BLOCK_N, high_full,
+            k_token, k_head, v_token, v_head, scale, softcap, window,
+            D, BLOCK_N, BLOCK_D, CAUSAL, WINDOWED, CAPPED, TMA, WARP_SPECIALIZE, STAGES, part == 1,
+        )  # fmt: skip
+    factor = tl.cast(factor, tl.float32)
+    _store_gradient(dq, acc, factor, q_start, first, length, dq_token, head, dq_head, D, BLOCK_M, BLOCK_D)
