@@ -54,7 +54,7 @@ __device__ void update_element(const Addresses& at, int64_t e, const AdamWRates&
 }
 
 template <typename G, typename C>
-__global__ void __launch_bounds__(kAdamWThreads) adamw_kernel(const AdamW a) {
+__global__ void __launch_bounds__(kAdamWThreads, 4) adamw_kernel(const AdamW a) {
   if (*a.is_bad != 0.0f) return;
   const int64_t* row = a.table + static_cast<int64_t>(a.chunks[2 * blockIdx.x]) * kTableColumns;
   const int64_t start = static_cast<int64_t>(a.chunks[2 * blockIdx.x + 1]) * a.chunk;

@@ -1,6 +1,6 @@
 // Backward of RMSNorm: a fixed number of groups of threads walk over the rows.
 //
-// Each group keeps its sums for the weight's gradient in registers and writes them once; a second kernel adds them up in a
+// Each group keeps its sums for the weight's gradient in registers and writes them once; a second kernel adds them in a
 // fixed order: no atomics, so the result does not depend on timing.
 // Bytes per element of a 2-byte dtype: 6 (8 with dnew_residual).
 #include "rms_norm.cuh"

@@ -9,6 +9,7 @@ from training_cases import MODELS, Case, make_engine, own_batch
 from megallm.config.backends import BACKENDS, parse_backends
 from megallm.ops.backends import Backends, choose, refusal
 from megallm.ops.backends import Case as Situation
+from megallm.ops.moe import grouped_linear, grouped_linear_reference
 from megallm.parallel.linear import ColumnLinear
 from megallm.parallel.logprobs import VocabLogits
 from megallm.parallel.mesh import Mesh
@@ -52,9 +53,9 @@ def test_without_a_gpu_torch_runs_and_says_why() -> None:
 @pytest.mark.parametrize(
     ("op", "name", "message"),
     [
-        ("rms_norm", "cuda", "cuda needs a GPU, the tensors are on cpu: use rms_norm=torch or triton"),
-        ("attention", "flash-attn", "flash-attn needs a GPU"),
-        ("adamw", "apex", "apex needs a GPU"),
+        ("rms_norm", "cuda", "rms_norm=cuda cannot run: it needs a GPU: use rms_norm=torch or triton"),
+        ("attention", "flash-attn", "attention=flash-attn cannot run: it needs a GPU"),
+        ("adamw", "apex", "adamw=apex cannot run: it needs a GPU"),
     ],
 )
 def test_a_forced_back_end_that_cannot_run_is_an_error(op: str, name: str, message: str) -> None:
@@ -63,7 +64,7 @@ def test_a_forced_back_end_that_cannot_run_is_an_error(op: str, name: str, messa
 
 
 def test_triton_has_no_fp64_and_no_endless_rows() -> None:
-    assert refusal(situation("attention", torch.float64), "triton") == "the kernels have no fp64 form"
+    assert refusal(situation("attention", torch.float64), "triton") == "it has no fp64 form"
     assert "longest row is 256" in str(refusal(situation("attention", size=512), "triton"))
     assert refusal(situation("attention", size=128), "triton") is None
 
@@ -79,7 +80,7 @@ def test_a_choice_is_announced_once() -> None:
 
 
 def test_an_engine_refuses_a_forced_back_end_before_it_is_built() -> None:
-    with pytest.raises(ValueError, match="attention=triton cannot run: the kernels have no fp64 form"):
+    with pytest.raises(ValueError, match="attention=triton cannot run: it has no fp64 form"):
         make_engine(Case(model=next(iter(MODELS))), precision="fp64", backends=Backends({"attention": "triton"}))
 
 
@@ -191,3 +192,22 @@ def test_losses_on_every_back_end_match_dense_fp64(world_size: int) -> None:
             assert_close(part[index]["hidden"], dhidden, terms=H + 2 * V, label=f"dhidden {index}")
         whole = torch.cat([part[index]["weight"] for part in parts])
         assert_close(whole, dweight, terms=2 * T + H + V, label=f"dweight {index}")
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forced", [{}, {"grouped_gemm": "triton"}], ids=["torch", "triton"])
+def test_grouped_linear_matches_its_reference(forced: dict[str, str]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(11, 6, generator=generator), torch.randn(4, 5, 6, generator=generator)
+    offsets = torch.tensor([0, 3, 3, 8, 10], dtype=torch.int32)  # an empty expert, a row of nobody
+    own = [t.clone().requires_grad_() for t in (x, weight)]
+    wide = [t.double().requires_grad_() for t in (x, weight)]
+    dy = torch.randn(11, 5, generator=generator)
+    y = grouped_linear(*own, offsets, backends=Backends(forced))
+    expected = grouped_linear_reference(*wide, offsets)
+    assert_close(y, expected, terms=6)
+    grads = zip(torch.autograd.grad(y, own, dy), torch.autograd.grad(expected, wide, dy.double()), strict=True)
+    for actual, wanted in grads:
+        assert_close(actual, wanted, terms=6)

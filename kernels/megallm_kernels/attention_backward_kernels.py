@@ -1,9 +1,10 @@
 """Attention, backward: the kernels; what they compute and how they are launched is told in attention_backward.py.
 
-A score in base 2 is `scale * s`, or `scale * tanh(softcap * s)` if CAPPED, where s = q k^T. Statistics of a query: lse in
-base 2, +inf where no key is seen or past a sequence's end (then p = exp2(s - inf) = 0 without a mask), and delta.
+A score in base 2 is `scale * s`, or `scale * tanh(softcap * s)` if CAPPED, where s = q k^T. Statistics of a query:
+lse in base 2, +inf where no key is seen (then p = exp2(s - inf) = 0 without a mask), and delta; both in rows of
+`pitch` numbers, a multiple of 4 for descriptors.
 
-Letters: Tq query tokens, Tk key tokens, N query heads, K kv heads, GROUP = N / K, D head dim; M queries, N keys of a tile.
+Letters: Tq query tokens, Tk key tokens, N query heads, K kv heads, GROUP = N / K, D head dim.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import triton.language as tl
 from megallm_kernels.attention_tiles import load_tile, tanh, tile_and_head, visible
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit(do_not_specialize=["num_queries", "pitch"])
 def prepare_kernel(
-    out, dout, lse, dlse, stats, accumulator, dout_token, dout_head, num_queries,
+    out, dout, lse, dlse, stats, accumulator, dout_token, dout_head, num_queries, pitch,
     HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DLSE: tl.constexpr,
     ZERO: tl.constexpr,
 ):  # fmt: skip
-    """stats [2, N, Tq] of ROWS queries of one head: lse in base 2, delta = sum(out dout) - dlse; zeros accumulator."""
+    """stats [2, N, pitch] of ROWS queries of one head: lse in base 2, delta = sum(out dout) - dlse; zeros accumulator."""
     head = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
@@ -37,9 +38,10 @@ def prepare_kernel(
     if HAS_DLSE:
         delta -= tl.load(dlse + at_row, mask=inside, other=0.0).to(tl.float32)
     alive = natural != float("-inf")
-    tl.store(stats + at_row, tl.where(alive, natural * 1.4426950408889634, float("inf")), mask=inside)
-    delta_row = tl.cast(HEADS, tl.int64) * num_queries + at_row
-    tl.store(stats + delta_row, tl.where(alive, delta, 0.0), mask=inside)
+    to_row = tl.cast(head, tl.int64) * pitch + token
+    tl.store(stats + to_row, tl.where(alive, natural * 1.4426950408889634, float("inf")), mask=inside)
+    to_row += tl.cast(HEADS, tl.int64) * pitch
+    tl.store(stats + to_row, tl.where(alive, delta, 0.0), mask=inside)
     if ZERO:
         tl.store(accumulator + at, tl.zeros([ROWS, BLOCK_D], dtype=tl.float32), mask=both)
 
@@ -69,13 +71,31 @@ def _store_gradient(target, tile, factor, start, first, length, token_stride, he
     column = tl.arange(0, BLOCK_D)
     token = tl.cast(start + row, tl.int64)
     at = (token * token_stride)[:, None] + (tl.cast(head, tl.int64) * head_stride + column)[None, :]
-    tl.store(target + at, (tile * factor).to(target.dtype.element_ty), mask=(row < length)[:, None] & (column < D)[None, :])
+    inside = (row < length)[:, None] & (column < D)[None, :]
+    tl.store(target + at, (tile * factor).to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_stats(stats, number, first, pitch, limit, other, ROWS: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr):
+    """Row `number` of the statistics from token `first` on; `other` from token `limit` on if MASKED."""
+    inner = tl.arange(0, ROWS)
+    if TMA:
+        numbers = stats.load([number, first]).reshape(ROWS)
+        if MASKED:
+            numbers = tl.where(inner < limit - first, numbers, other)
+    else:
+        at = stats + tl.cast(number, tl.int64) * pitch + first + inner
+        if MASKED:
+            numbers = tl.load(at, mask=inner < limit - first, other=other)
+        else:
+            numbers = tl.load(at)
+    return numbers
 
 
 @triton.jit
 def _queries_of_keys(
     dk, dv, keys, values, q, dout, stats, dq,
-    key, q_start, num_queries, num_keys, kv_head, num_rows, count_a, start_a, count_b, start_b,
+    key, q_start, num_queries, num_keys, kv_head, pitch, count_a, start_a, count_b, start_b,
     q_token, q_head, dout_token, dout_head, scale, softcap, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr, ADD_DQ: tl.constexpr,
@@ -85,25 +105,15 @@ def _queries_of_keys(
     inner = tl.arange(0, BLOCK_M)
     precision: tl.constexpr = "tf32x3" if keys.dtype == tl.float32 else "tf32"
     shift = num_keys - num_queries
+    end = q_start + num_queries
     each = count_a + count_b
     for i in tl.range(0, GROUP * each, num_stages=STAGES, warp_specialize=WARP_SPECIALIZE):
         head = kv_head * GROUP + i // each
         tile = i % each
         first = tl.where(tile < count_a, start_a + tile * BLOCK_M, start_b + (tile - count_a) * BLOCK_M)
-        if MASKED:
-            end = q_start + num_queries
-        else:
-            end = num_rows
         queries = load_tile(q, q_start + first, q_token, head, q_head, end, D, BLOCK_M, BLOCK_D, TMA, MASKED)
         s = tl.dot(keys, queries.T, input_precision=precision)  # transposed: p and ds are operands as they are
-        at = stats + tl.cast(head, tl.int64) * num_rows + q_start + first
-        at_delta = at + tl.cast(HEADS, tl.int64) * num_rows
-        if MASKED:
-            lse = tl.load(at + inner, mask=first + inner < num_queries, other=float("inf"))
-            delta = tl.load(at_delta + inner, mask=first + inner < num_queries, other=0.0)
-        else:
-            lse = tl.load(at + inner)
-            delta = tl.load(at_delta + inner)
+        lse = _load_stats(stats, head, q_start + first, pitch, end, float("inf"), BLOCK_M, TMA, MASKED)
         if CAPPED:
             s = tanh(s * softcap)
         p = tl.exp2(s * scale - lse[None, :])
@@ -113,6 +123,7 @@ def _queries_of_keys(
         do = load_tile(dout, q_start + first, dout_token, head, dout_head, end, D, BLOCK_M, BLOCK_D, TMA, MASKED)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=precision)
         dp = tl.dot(values, do.T, input_precision=precision)
+        delta = _load_stats(stats, HEADS + head, q_start + first, pitch, end, 0.0, BLOCK_M, TMA, MASKED)
         ds = p * (dp - delta[None, :])
         if CAPPED:
             ds = ds * (1.0 - s * s)
@@ -120,8 +131,8 @@ def _queries_of_keys(
         dk = tl.dot(ds, queries, dk, input_precision=precision)
         if ADD_DQ:
             part = tl.dot(ds.T, keys, input_precision=precision)
-            if TMA:  # rows of the next sequence have ds = 0
-                dq.atomic_add([q_start + first, head * D], part)
+            if TMA:  # rows past the sequence have ds = 0
+                dq.atomic_add([head, q_start + first, 0], part.reshape(1, BLOCK_M, BLOCK_D))
             else:
                 column = tl.arange(0, BLOCK_D)
                 token = tl.cast(q_start + first, tl.int64) + inner
@@ -137,12 +148,12 @@ def _queries_of_keys(
 
 
 @triton.jit(do_not_specialize=[
-    "num_queries", "num_keys", "num_sequences", "num_tiles", "section", "window"
+    "num_queries", "num_keys", "num_sequences", "num_tiles", "section", "window", "pitch"
 ])  # fmt: skip
 def keys_kernel(
     q, k, v, dout, stats, dq, dk, dv, table,
     q_token, q_head, k_token, k_head, v_token, v_head, dout_token, dout_head, dk_token, dk_head, dv_token, dv_head,
-    scale, softcap, factor, num_queries, num_keys, num_sequences, num_tiles, section, window,
+    scale, softcap, factor, num_queries, num_keys, num_sequences, num_tiles, section, window, pitch,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
     TMA: tl.constexpr, ADD_DQ: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, STAGES: tl.constexpr,
@@ -161,14 +172,12 @@ def keys_kernel(
         tile = tl.load(entry + 4)
         length = tl.where(tile < 0, 0, length)  # an idle program has no query; its keys are past the end
         tile = tl.cdiv(num_keys, BLOCK_N) - 1 - tile  # the first keys are seen by most queries: first
-        num_rows = num_queries
     else:
         number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS // GROUP * num_sequences, section)
         q_start = head // (HEADS // GROUP) * num_queries
         k_start = head // (HEADS // GROUP) * num_keys
         length = num_queries
         tile = number
-        num_rows = num_queries * num_sequences
         head = head % (HEADS // GROUP)
     first = tile * BLOCK_N
     shift = num_keys - length
@@ -198,7 +207,7 @@ def keys_kernel(
     acc_v = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for part in tl.static_range(2):  # masked: diagonal, the window's edge, the last queries; then without masks
         acc_k, acc_v = _queries_of_keys(
-            acc_k, acc_v, keys, values, q, dout, stats, dq, key, q_start, length, num_keys, head, num_rows,
+            acc_k, acc_v, keys, values, q, dout, stats, dq, key, q_start, length, num_keys, head, pitch,
             (low_full - low) // BLOCK_M if part == 0 else (high_full - low_full) // BLOCK_M,
             low if part == 0 else low_full,
             (high - high_full) // BLOCK_M if part == 0 else 0, high_full,
@@ -242,12 +251,12 @@ def _keys_of_queries(
 
 
 @triton.jit(do_not_specialize=[
-    "num_queries", "num_keys", "num_sequences", "num_tiles", "section", "window"
+    "num_queries", "num_keys", "num_sequences", "num_tiles", "section", "window", "pitch"
 ])  # fmt: skip
 def queries_kernel(
     q, k, v, dout, stats, dq, table,
     q_token, q_head, k_token, k_head, v_token, v_head, dout_token, dout_head, dq_token, dq_head,
-    scale, softcap, factor, num_queries, num_keys, num_sequences, num_tiles, section, window,
+    scale, softcap, factor, num_queries, num_keys, num_sequences, num_tiles, section, window, pitch,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
     TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, STAGES: tl.constexpr,
@@ -261,14 +270,12 @@ def queries_kernel(
         k_start = tl.load(entry + 2)
         num_keys = tl.load(entry + 3)
         tile = tl.load(entry + 4)
-        num_rows = num_queries
     else:
         number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS * num_sequences, section)
         q_start = head // HEADS * num_queries
         k_start = head // HEADS * num_keys
         length = num_queries
         tile = num_tiles - 1 - number  # the last tile sees most keys: first
-        num_rows = num_queries * num_sequences
         head = head % HEADS
     length = tl.where(tile < 0, 0, length)  # an idle program has no query and looks at no key
     num_keys = tl.where(tile < 0, 0, num_keys)
@@ -294,9 +301,8 @@ def queries_kernel(
     end = q_start + length
     queries = load_tile(q, q_start + first, q_token, head, q_head, end, D, BLOCK_M, BLOCK_D, TMA, True)
     do = load_tile(dout, q_start + first, dout_token, head, dout_head, end, D, BLOCK_M, BLOCK_D, TMA, True)
-    at = stats + tl.cast(head, tl.int64) * num_rows + q_start
-    lse = tl.load(at + row, mask=row < length, other=float("inf"))
-    delta = tl.load(at + tl.cast(HEADS, tl.int64) * num_rows + row, mask=row < length, other=0.0)
+    lse = _load_stats(stats, head, q_start + first, pitch, end, float("inf"), BLOCK_M, TMA, True)
+    delta = _load_stats(stats, HEADS + head, q_start + first, pitch, end, 0.0, BLOCK_M, TMA, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for part in tl.static_range(2):  # without masks; then masked: the window's edge, diagonal, the last keys
         acc = _keys_of_queries(

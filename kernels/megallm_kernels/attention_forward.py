@@ -11,9 +11,12 @@ or the end. Tiles that no query sees are never visited: their bounds follow from
 the longest (the last tile), so that the short ones fill the gaps at the end; heads run in sections whose keys and
 values stay in the second-level cache.
 
-sm_90: TMA descriptors [heads, T, D] and, up to D = 128, one producer and two consumer warpgroups (warp_specialize).
+sm_90: TMA descriptors and warp_specialize: one warpgroup loads, two compute, each on half of the queries. Triton 3.6 and
+3.9 specialise a kernel with one loop only: there all tiles are masked in one loop, which costs the compare and select
+that the other consumer's products hide. They also split a descriptor made by the host at the wrong place, so that of q
+is made in the kernel; k and v, which both consumers read whole, come by host descriptors [heads, T, D].
 Others, and tensors whose address or strides are not multiples of 16 bytes: pointers, cp.async pipelining.
-There a tile may reach past the end of a sequence: those keys are masked, but their values must be finite (0 * NaN).
+A descriptor's tile may reach past the end of a sequence: the keys are masked, the values must be finite (0 * NaN).
 
 Scores, maximum, sum and output accumulate in fp32; p is rounded to v's dtype for the second product; fp32 inputs are
 multiplied as three tf32 products. int64: token and head numbers are widened before they meet a stride.
@@ -23,6 +26,7 @@ Letters: Tq query tokens, Tk key tokens, B sequences, N query heads, K kv heads 
 
 from __future__ import annotations
 
+import contextvars
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +35,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megallm_kernels.attention_tiles import LOG2_E, load_tile, packed_tiles, tanh, tile_and_head, visible
+from megallm_kernels.attention_tiles import LOG2_E, load_tile, packed_tiles, tanh, tile_and_head
 from megallm_kernels.device import target_of
 from megallm_kernels.rows import next_power_of_2
 
@@ -63,11 +67,11 @@ class Launch:
 # arch -> largest BLOCK_D -> (BLOCK_M, BLOCK_N, warps, stages, TMA, warp_specialize), for two-byte elements.
 _TABLE: dict[int, dict[int, tuple[int, int, int, int, bool, bool]]] = {
     0: {256: (32, 32, 4, 1, False, False)},
-    80: {64: (128, 64, 4, 3, False, False), 128: (128, 64, 8, 2, False, False), 256: (128, 32, 8, 2, False, False)},
-    90: {64: (128, 128, 4, 2, True, True), 128: (128, 128, 4, 2, True, True), 256: (128, 64, 8, 2, True, False)},
+    80: {64: (128, 64, 4, 3, False, False), 128: (128, 64, 8, 2, False, False), 256: (64, 64, 8, 2, False, False)},
+    90: {64: (128, 128, 4, 3, True, True), 128: (128, 128, 4, 2, True, True), 256: (128, 64, 4, 2, True, True)},
 }
 # fp32 inputs, every arch but 0.
-_WIDE = {64: (64, 32, 4, 2, False, False), 128: (64, 32, 8, 2, False, False), 256: (32, 32, 8, 1, False, False)}
+_WIDE = {64: (64, 32, 8, 2, False, False), 128: (32, 32, 8, 2, False, False), 256: (16, 16, 8, 2, False, False)}
 
 
 def plan(arch: int, head_dim: int, *, element_bytes: int, aligned: bool) -> Launch:
@@ -83,6 +87,18 @@ def plan(arch: int, head_dim: int, *, element_bytes: int, aligned: bool) -> Laun
         block_m=block_m, block_n=block_n, block_d=block_d, num_warps=num_warps, num_stages=num_stages,
         tma=tma, warp_specialize=specialize,
     )  # fmt: skip
+
+
+@triton.jit
+def _visible(query, key, num_keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """`visible` for queries of the sequence; those past its end see more, and are not stored. One comparison less."""
+    if CAUSAL:
+        seen = key <= query
+        if WINDOWED:
+            seen = seen & (query - key < window)
+    else:
+        seen = key < num_keys
+    return seen
 
 
 @triton.jit
@@ -102,7 +118,7 @@ def _attend(
         if CAPPED:
             s = tanh(s * softcap)
         if MASKED:
-            seen = visible(query[:, None], (first + column)[None, :], num_keys, window, CAUSAL, WINDOWED)
+            seen = _visible(query[:, None], (first + column)[None, :], num_keys, window, CAUSAL, WINDOWED)
             s = tl.where(seen, s, float("-inf"))
         new = tl.maximum(largest, tl.max(s, axis=1) * scale)
         below = new
@@ -177,9 +193,16 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     largest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    queries = load_tile(
-        q, q_start + first, q_token, head, q_head, q_start + length, D, BLOCK_M, BLOCK_D, TMA, True
-    )  # fmt: skip
+    if WARP_SPECIALIZE:  # each consumer reads half of the rows, which takes a descriptor made here (see `forward`)
+        end = tl.maximum(q_start + length, 1)
+        rows = tl.make_tensor_descriptor(
+            q + tl.cast(head, tl.int64) * q_head, [end, D], [tl.cast(q_token, tl.int64), 1], [BLOCK_M, BLOCK_D]
+        )  # fmt: skip
+        queries = rows.load([q_start + first, 0])
+    else:
+        queries = load_tile(
+            q, q_start + first, q_token, head, q_head, q_start + length, D, BLOCK_M, BLOCK_D, False, True
+        )  # fmt: skip
     for part in tl.static_range(3):
         # 0: the window's edge, masked; 1: no mask; 2: diagonal and end, masked. One loop if it is to be specialised.
         if part == 2 or (not WARP_SPECIALIZE and (part == 1 or WINDOWED)):
@@ -236,12 +259,14 @@ def forward(
         heads, longest = num_heads * batch_size, sizes[1]
     section = group * max(CACHE_BYTES // (2 * max(longest, 1) * head_dim * k.element_size()), 1)
     scales = (softcap * LOG2_E, scale / softcap) if softcap else (scale * LOG2_E, 0.0)
-    read: Any = (q, k, v)
+    read: Any = (k, v)
     if launch.tma:
-        rows = (launch.block_m, launch.block_n, launch.block_n)
-        read = [descriptor(x, n, launch.block_d) for x, n in zip((q, k, v), rows, strict=True)]
-    forward_kernel[(num_tiles * heads,)](
-        *read, out, lse, table, *(x.stride(i) for x in (q, k, v) for i in (0, 1)), *scales,
+        read = [descriptor(x, launch.block_n, launch.block_d) for x in (k, v)]
+    # A kernel that makes a descriptor needs scratch memory from Triton's allocator, a setting of the whole process:
+    # made in a copy of the context, ours ends with the launch.
+    contextvars.copy_context().run(
+        _launch, forward_kernel[(num_tiles * heads,)],
+        q, *read, out, lse, table, *(x.stride(i) for x in (q, k, v) for i in (0, 1)), *scales,
         *sizes, num_tiles, min(section, heads), window,
         HEADS=num_heads, GROUP=group, D=head_dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
         BLOCK_D=launch.block_d, CAUSAL=causal, WINDOWED=window > 0, CAPPED=softcap > 0,
@@ -249,6 +274,16 @@ def forward(
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return out, lse
+
+
+def _launch(kernel: Any, *arguments: Any, **settings: Any) -> None:
+    triton.set_allocator(_scratch)
+    kernel(*arguments, **settings)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Bytes that the caching allocator hands out for the current stream, and takes back in its order."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def check(

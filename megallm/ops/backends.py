@@ -109,13 +109,13 @@ def refusal(case: Case, name: str) -> str | None:
     if name == "triton":
         return _triton_refusal(case)
     if case.device.type != "cuda":
-        return f"{name} needs a GPU, the tensors are on {case.device.type}"
+        return "it needs a GPU"
     if case.dtype == torch.float64:
-        return f"{name} has no fp64 form"
+        return "it has no fp64 form"
     if name == "cuda":
         return _compiled_refusal()
     if case.dtype == torch.float32 and name == "flash-attn":
-        return "flash-attn takes fp16 and bf16 only"
+        return "it takes fp16 and bf16 only"
     return package_refusal(name)
 
 
@@ -135,9 +135,9 @@ def _triton_refusal(case: Case) -> str | None:
     if not _has("triton"):
         return "triton is not installed"
     if case.dtype == torch.float64:
-        return "the kernels have no fp64 form"
+        return "it has no fp64 form"
     if case.device.type != "cuda" and not _is_interpreting():
-        return f"triton kernels run on a GPU, the tensors are on {case.device.type}; TRITON_INTERPRET=1 interprets them"
+        return "it needs a GPU (or TRITON_INTERPRET=1, which interprets kernels on the CPU, slowly)"
     limit = {"rms_norm": 16384, "layer_norm": 16384, "attention": 256, "rope": 4096}.get(case.op)
     return f"its longest row is {limit}, this one has {case.size}" if limit is not None and case.size > limit else None
 

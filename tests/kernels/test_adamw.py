@@ -18,7 +18,8 @@ import triton.language as tl
 from megallm.ops.adamw import adamw_reference_
 from megallm.testing.tolerances import assert_close
 from megallm_kernels import adamw
-from megallm_kernels.adamw import AdamWPlan, adamw_
+from megallm_kernels.adamw import adamw_
+from megallm_kernels.adamw_plan import AdamWPlan, log_beta, plan
 
 SIZES = (0, 1, 7, 256, 257, 509, 512, 1031)
 """Nothing, one element, primes, whole blocks of 256, whole chunks of 512, one more."""
@@ -203,7 +204,7 @@ def test_every_element_belongs_to_one_chunk() -> None:
 
 def test_chunks_shrink_until_the_gpu_is_full() -> None:
     for arch in (80, 90):
-        large, small = (adamw.plan(n, arch=arch, num_sms=132) for n in (10**9, 10**6))
+        large, small = (plan(n, arch=arch, num_sms=132) for n in (10**9, 10**6))
         assert (large.chunk, small.chunk) == (16384, 1024)
         assert large.chunk % large.block == small.chunk % small.block == 0
 
@@ -244,7 +245,7 @@ def _corrections(out, steps, log_beta, BLOCK: tl.constexpr):
 def test_bias_corrections_have_fp32_precision(beta: float) -> None:
     steps = torch.cat([torch.arange(1, 1020), torch.tensor([1e4, 1e5, 1e6, 1e7, 2**24])]).float()
     out = torch.empty_like(steps)
-    _corrections[(1,)](out, steps, adamw.log_beta(beta), BLOCK=len(steps))
+    _corrections[(1,)](out, steps, log_beta(beta), BLOCK=len(steps))
     expected = 1 - torch.tensor(beta, dtype=torch.float64) ** steps.double()
     assert ((out - expected) / expected).abs().max() < 4 * torch.finfo(torch.float32).eps
 
@@ -300,15 +301,16 @@ def test_the_operator_compiles_into_a_full_graph() -> None:
 FAR = """
 import torch
 from megallm_kernels import adamw
+from megallm_kernels.adamw_plan import AdamWPlan
 n = 2**31 + 5
 reach = 1024  # four windows of n elements over one untouched buffer, that far apart: their last chunks are disjoint
 buffer = torch.empty(n + 3 * reach)
 p, g, m, v = (buffer[i * reach : i * reach + n] for i in range(4))
-plan = adamw.AdamWPlan.build([p], [g], [m], [v])
+plan = AdamWPlan.build([p], [g], [m], [v])
 assert plan.chunks[-1].tolist() == [0, 2**31 // 512]
 for tensor, value in ((p, 1.0), (g, 2.0), (m, 0.0), (v, 0.0)):
     tensor[-5:] = value
-last = adamw.AdamWPlan(
+last = AdamWPlan(
     table=plan.table, chunks=plan.chunks[-1:], ticket=plan.ticket, host_table=plan.host_table,
     host_chunks=plan.host_chunks, launch=plan.launch,
 )

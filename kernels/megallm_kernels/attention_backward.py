@@ -1,0 +1,282 @@
+"""Attention, backward: dq, dk and dv from the saved output and log-sum-exp, without the matrix of scores in memory.
+
+    p = exp(s - lse)    dv = p^T dout    dp = dout v^T    delta = sum(out dout) - dlse    ds = p (dp - delta) softcap'
+    dq = scale ds k     dk = scale ds^T q                 softcap' = 1 - tanh(scale q k^T / softcap)^2, or 1
+
+FlashAttention-2 (arXiv 2307.08691, algorithm 2); dlse, the gradient of lse, enters delta since d lse / d s = p.
+FLOPs: 10 D for each visible (query, key) pair; 14 D where dq is computed apart, which is what repeats bit for bit.
+
+    prepare   delta, and lse in base 2                            a pass over out and dout
+    keys      a tile of keys stays, the queries of the group's heads pass by: dk, dv (4 products of matrices)
+    queries   a tile of queries stays, the keys pass by: dq (3 products); deterministic
+    or: keys also adds its part of dq (5 products in all) to an fp32 buffer, in any order; convert then rounds it
+
+The keys kernel works on s^T = k q^T, so that p^T and ds^T are operands of the next products as they lie in registers.
+Only tiles cut by the diagonal, the window's edge or an end pay for masks; tiles that see nothing are never visited.
+sm_90: TMA descriptors, and dq is added by TMA reductions; others, and tensors whose address or strides are not
+multiples of 16 bytes: pointers. A tile read by TMA may reach past a sequence: what is there must be finite (0 * NaN).
+
+Scores, dk, dv and dq accumulate in fp32; p and ds are rounded to the inputs' dtype before a product; fp32 inputs are
+multiplied as three tf32 products. int64: token and head numbers are widened before they meet a stride.
+
+Letters: Tq query tokens, Tk key tokens, B sequences, N query heads, K kv heads (head n reads n // (N / K)), D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from megallm_kernels.attention_backward_kernels import convert_kernel, keys_kernel, prepare_kernel, queries_kernel
+from megallm_kernels.attention_tiles import LOG2_E, packed_tiles
+from megallm_kernels.device import target_of
+from megallm_kernels.rows import next_power_of_2
+
+MAX_HEAD_DIM = 256
+"""Largest D: a tile of more does not fit the registers."""
+
+CACHE_BYTES = 32 * 2**20
+"""What a section of heads may span of the tensors that pass by: A100 (40 MB) and H100 (50 MB) keep it."""
+
+_ROWS = 32
+"""Queries a program of the prepare and convert passes takes: 4096 elements of D = 128, 16 bytes a thread and access."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Settings of one launch."""
+
+    block_m: int
+    """Queries of a tile."""
+    block_n: int
+    """Keys of a tile."""
+    num_warps: int
+    num_stages: int
+    tma: bool
+    """Read through descriptors."""
+    warp_specialize: bool
+    """Loads in a warpgroup of their own; needs descriptors and num_warps 4."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Settings of one backward pass."""
+
+    block_d: int
+    """Columns of a tile: the power of two at or above D, at least 16."""
+    keys: Launch
+    queries: Launch | None
+    """None: the keys kernel adds to dq, which does not repeat bit for bit."""
+
+
+_Row = tuple[int, int, int, int, bool, bool]
+
+# arch -> largest BLOCK_D -> (BLOCK_M, BLOCK_N, warps, stages, TMA, warp_specialize), for two-byte elements.
+_KEYS: dict[int, dict[int, _Row]] = {
+    0: {256: (32, 32, 4, 1, False, False)},
+    80: {64: (64, 64, 4, 2, False, False), 128: (64, 64, 8, 1, False, False), 256: (32, 32, 8, 1, False, False)},
+    90: {64: (64, 128, 8, 2, True, False), 128: (64, 128, 8, 2, True, False), 256: (64, 64, 8, 1, True, False)},
+}
+_QUERIES: dict[int, dict[int, _Row]] = {
+    0: {256: (32, 32, 4, 1, False, False)},
+    80: {64: (128, 64, 8, 2, False, False), 128: (64, 64, 8, 2, False, False), 256: (64, 32, 8, 1, False, False)},
+    90: {64: (128, 64, 8, 2, True, False), 128: (128, 64, 8, 2, True, False), 256: (64, 64, 8, 1, True, False)},
+}
+# The keys kernel where it also adds to dq.
+_ADDING: dict[int, dict[int, _Row]] = {
+    0: {256: (32, 32, 4, 1, False, False)},
+    80: {64: (64, 64, 4, 2, False, False), 128: (64, 64, 8, 1, False, False), 256: (32, 32, 8, 1, False, False)},
+    90: {64: (64, 128, 8, 2, True, False), 128: (64, 128, 8, 2, True, False), 256: (64, 64, 8, 1, True, False)},
+}
+# fp32 inputs, every arch but 0.
+_WIDE: dict[int, _Row] = {
+    64: (32, 32, 4, 1, False, False), 128: (32, 32, 8, 1, False, False), 256: (16, 32, 8, 1, False, False)
+}  # fmt: skip
+
+
+def plan(arch: int, head_dim: int, *, element_bytes: int, aligned: bool, deterministic: bool) -> Plan:
+    """Launch settings; `aligned`: addresses and strides are multiples of 16 bytes. ValueError if D is too large."""
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head dim {head_dim} is not within 1 to {MAX_HEAD_DIM}, which this kernel takes: use torch's")
+    block_d = max(next_power_of_2(head_dim), 16)
+    family = 0 if arch == 0 else 90 if 90 <= arch < 100 and aligned else 80
+    wide = element_bytes > 2 and arch != 0
+
+    def launch(table: dict[int, dict[int, _Row]]) -> Launch:
+        row = _WIDE if wide else table[family]
+        block_m, block_n, num_warps, num_stages, tma, specialize = next(row[d] for d in row if block_d <= d)
+        return Launch(
+            block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages, tma=tma,
+            warp_specialize=specialize,
+        )  # fmt: skip
+
+    if deterministic:
+        return Plan(block_d=block_d, keys=launch(_KEYS), queries=launch(_QUERIES))
+    return Plan(block_d=block_d, keys=launch(_ADDING), queries=None)
+
+
+def backward(
+    dout: torch.Tensor,  # [Tq, N, D], any strides
+    q: torch.Tensor,  # [Tq, N, D]
+    k: torch.Tensor,  # [Tk, K, D]
+    v: torch.Tensor,  # [Tk, K, D]
+    out: torch.Tensor,  # [Tq, N, D] contiguous
+    lse: torch.Tensor,  # [N, Tq] fp32
+    dlse: torch.Tensor | None,  # [N, Tq]
+    cu_seqlens_q: torch.Tensor | None,  # [B + 1] int32
+    cu_seqlens_k: torch.Tensor | None,
+    *,
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+    deterministic: bool,
+    dq: torch.Tensor,  # [Tq, N, D], any strides with unit stride along D
+    dk: torch.Tensor,  # [Tk, K, D]
+    dv: torch.Tensor,  # [Tk, K, D]
+    settings: Plan | None = None,
+) -> None:
+    """Writes the gradients of q, k and v into dq, dk and dv, every element; `deterministic`: bit for bit repeatable.
+
+    The other arguments are those of the forward pass. max_seqlen_q and max_seqlen_k only order the work. `settings`
+    replaces those of the tables: for measurements and tests.
+    """
+    if q.numel() == 0 or k.numel() == 0:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return
+    num_queries, num_heads, head_dim = q.shape
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    dout = dout.to(q.dtype)
+    if dout.stride(-1) != 1 or not _is_aligned(dout):  # expanded, say
+        dout = dout.contiguous()
+    if settings is None:
+        aligned = all(_is_aligned(x) for x in (q, k, v, dout)) and head_dim % 4 == 0
+        settings = plan(
+            target_of(q).arch, head_dim, element_bytes=q.element_size(), aligned=aligned, deterministic=deterministic
+        )
+    adds = settings.queries is None
+    pitch = (num_queries + 3) // 4 * 4
+    stats = torch.empty((2, num_heads, pitch), dtype=torch.float32, device=q.device)
+    accumulator = torch.empty(q.shape if adds else (0,), dtype=torch.float32, device=q.device)
+    tile: dict[str, Any] = {"HEADS": num_heads, "D": head_dim, "BLOCK_D": settings.block_d}
+    rows_grid = (triton.cdiv(num_queries, _ROWS), num_heads)
+    prepare_kernel[rows_grid](
+        out.contiguous(), dout, lse.contiguous(), lse if dlse is None else dlse.contiguous(), stats, accumulator,
+        dout.stride(0), dout.stride(1), num_queries, pitch, ROWS=_ROWS, HAS_DLSE=dlse is not None, ZERO=adds, num_warps=4, **tile,
+    )  # fmt: skip
+    call = _Call(
+        tensors=(q, k, v, dout), stats=stats, offsets=(cu_seqlens_q, cu_seqlens_k), batch_size=batch_size,
+        longest=(max_seqlen_q, max_seqlen_k), window=window,
+        scales=(softcap * LOG2_E, scale / softcap, scale) if softcap else (scale * LOG2_E, 0.0, scale),
+        constants={
+            **tile, "GROUP": num_heads // k.size(1), "CAUSAL": causal, "WINDOWED": window > 0, "CAPPED": softcap > 0,
+            "PACKED": cu_seqlens_q is not None,
+        },
+    )  # fmt: skip
+    _launch_keys(call, settings.keys, accumulator if adds else None, dk, dv)
+    if settings.queries is not None:
+        _launch_queries(call, settings.queries, dq)
+    else:
+        convert_kernel[rows_grid](
+            accumulator, dq, dq.stride(0), dq.stride(1), num_queries, scale, ROWS=_ROWS, num_warps=4, **tile
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What both launches of one backward pass share."""
+
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    """q, k, v and dout."""
+    stats: torch.Tensor
+    """[2, N, pitch] fp32: lse in base 2, delta."""
+    offsets: tuple[torch.Tensor | None, torch.Tensor | None]
+    """cu_seqlens_q and cu_seqlens_k."""
+    batch_size: int
+    longest: tuple[int, int]
+    """max_seqlen_q and max_seqlen_k."""
+    window: int
+    scales: tuple[float, float, float]
+    """Two of the score in base 2, see the kernels; and the factor of dq and dk."""
+    constants: dict[str, Any]
+
+    def grid(self, block: int, *, over_keys: bool) -> tuple[int, list[Any], torch.Tensor]:
+        """(programs, the integers from num_queries to pitch, tile table) with tiles of `block` keys or queries."""
+        q, k = self.tensors[:2]
+        tiled = k if over_keys else q
+        own, other = reversed(self.offsets) if over_keys else self.offsets
+        if own is not None and other is not None:
+            table = packed_tiles(own, other, tiled.size(0), block)
+            num_tiles, units = table.size(0), tiled.size(1)
+            lengths = [q.size(0), k.size(0)]
+        else:
+            table = self.stats
+            lengths = [q.size(0) // self.batch_size, k.size(0) // self.batch_size]
+            num_tiles, units = triton.cdiv(lengths[over_keys], block), tiled.size(1) * self.batch_size
+        passing = 2 * max(self.longest[not over_keys], 1) * q.size(2) * q.element_size()  # bytes of a kv or query head
+        group = self.constants["GROUP"]
+        heads = max(CACHE_BYTES // (passing * group), 1) if over_keys else max(CACHE_BYTES // passing, 1) * group
+        integers = [*lengths, self.batch_size, num_tiles, min(heads, units), self.window, self.stats.size(2)]
+        return num_tiles * units, integers, table
+
+    def sources(self, launch: Launch) -> tuple[Any, ...]:
+        """q, k, v, dout and stats as the kernels take them: descriptors (of the first four [heads, T, D]) or tensors."""
+        if not launch.tma:
+            return *self.tensors, self.stats
+        blocks = (launch.block_m, launch.block_n, launch.block_n, launch.block_m)
+        tiles = [_descriptor(x, n, self.constants["BLOCK_D"]) for x, n in zip(self.tensors, blocks, strict=True)]
+        return *tiles, TensorDescriptor.from_tensor(self.stats.flatten(0, 1), [1, launch.block_m])
+
+
+def _launch_keys(
+    call: _Call, launch: Launch, accumulator: torch.Tensor | None, dk: torch.Tensor, dv: torch.Tensor
+) -> None:
+    """dk and dv; adds dq / scale to `accumulator` [Tq, N, D] fp32 where one is given."""
+    programs, integers, table = call.grid(launch.block_n, over_keys=True)
+    target: Any = call.stats if accumulator is None else accumulator
+    if accumulator is not None and launch.tma:
+        target = _descriptor(accumulator, launch.block_m, call.constants["BLOCK_D"])
+    keys_kernel[(programs,)](
+        *call.sources(launch), target, dk, dv, table, *_strides(*call.tensors, dk, dv), *call.scales,
+        *integers, **_settings(launch), **call.constants, ADD_DQ=accumulator is not None,
+    )  # fmt: skip
+
+
+def _launch_queries(call: _Call, launch: Launch, dq: torch.Tensor) -> None:
+    """dq alone."""
+    programs, integers, table = call.grid(launch.block_m, over_keys=False)
+    queries_kernel[(programs,)](
+        *call.sources(launch), dq, table, *_strides(*call.tensors, dq), *call.scales, *integers,
+        **_settings(launch), **call.constants,
+    )  # fmt: skip
+
+
+def _settings(launch: Launch) -> dict[str, Any]:
+    return {
+        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "TMA": launch.tma, "STAGES": launch.num_stages,
+        "WARP_SPECIALIZE": launch.warp_specialize, "num_warps": launch.num_warps, "num_stages": launch.num_stages,
+    }  # fmt: skip
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _is_aligned(x: torch.Tensor) -> bool:
+    """Whether a descriptor can read x [T, heads, D]: address and strides in multiples of 16 bytes, none 0."""
+    strides = [x.stride(i) * x.element_size() for i in (0, 1) if x.size(i) > 1]
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+
+
+def _descriptor(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
+    """Of x [T, heads, D], as [heads, T, D] in blocks [1, rows, block_d]; outside it reads 0. Made on the host."""
+    token, head = (x.stride(i) if x.size(i) > 1 else block_d for i in (0, 1))
+    return TensorDescriptor(x, [x.size(1), x.size(0), x.size(2)], [head, token, 1], [1, rows, block_d])
