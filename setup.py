@@ -109,6 +109,7 @@ setup(
         *find_packages(where="kernels", include=["megallm_kernels", "megallm_kernels.*"]),
     ],
     package_dir={"megallm": "megallm", "megallm_kernels": "kernels/megallm_kernels"},
+    package_data={"megallm.ops": ["*.csv"]},
     ext_modules=compiled_part(),
     cmdclass={"build_ext": BuildWithNvcc},
     install_requires=[

@@ -52,6 +52,14 @@ def test_kernels_itself_is_not_importable() -> None:
     assert spec is None or spec.origin is None, "a package named kernels would be taken for Hugging Face's"
 
 
+def test_what_is_built_holds_every_module_and_table(tmp_path: Path) -> None:
+    """As `pip install .` copies it, without the checkout behind it."""
+    setup_says("build_py", "--build-lib", str(tmp_path))
+    for source, name in ((ROOT / "megallm", "megallm"), (ROOT / "kernels" / "megallm_kernels", "megallm_kernels")):
+        wanted = {p.relative_to(source) for kind in ("*.py", "*.csv") for p in source.rglob(kind)}
+        assert wanted - {p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.*")} == set()
+
+
 def test_the_command_is_installed(distribution: metadata.Distribution) -> None:
     commands = {entry.name: entry.value for entry in distribution.entry_points if entry.group == "console_scripts"}
     assert commands == {"megallm": "megallm.cli.main:main"}

@@ -113,7 +113,7 @@ def refusal(case: Case, name: str) -> str | None:
     if case.dtype == torch.float64:
         return "it has no fp64 form"
     if name == "cuda":
-        return _compiled_refusal()
+        return _compiled_refusal() or _length_refusal(case)
     if case.dtype == torch.float32 and name == "flash-attn":
         return "it takes fp16 and bf16 only"
     return package_refusal(name)
@@ -138,6 +138,10 @@ def _triton_refusal(case: Case) -> str | None:
         return "it has no fp64 form"
     if case.device.type != "cuda" and not _is_interpreting():
         return "it needs a GPU (or TRITON_INTERPRET=1, which interprets kernels on the CPU, slowly)"
+    return _length_refusal(case)
+
+
+def _length_refusal(case: Case) -> str | None:
     limit = {"rms_norm": 16384, "layer_norm": 16384, "attention": 256, "rope": 4096}.get(case.op)
     return f"its longest row is {limit}, this one has {case.size}" if limit is not None and case.size > limit else None
 
