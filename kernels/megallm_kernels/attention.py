@@ -110,7 +110,9 @@ def _packed_attention_fake(qkv: torch.Tensor, num_heads: int, *_: Any, **__: Any
 
 
 @attention_backward.register_fake
-def _attention_backward_fake(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
+def _attention_backward_fake(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
+) -> Any:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -162,32 +162,40 @@ def backward(
         settings = plan(
             target_of(q).arch, head_dim, element_bytes=q.element_size(), aligned=aligned, deterministic=deterministic
         )
-    adds = settings.queries is None
-    pitch = (num_queries + 3) // 4 * 4
+    num_sequences = batch_size if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+    pitch = (num_queries // 4 + num_sequences + 1) * 4
     stats = torch.empty((2, num_heads, pitch), dtype=torch.float32, device=q.device)
-    accumulator = torch.empty(q.shape if adds else (0,), dtype=torch.float32, device=q.device)
+    if cu_seqlens_q is None:
+        length = num_queries // batch_size
+        grid = (triton.cdiv(length, _ROWS) * batch_size, num_heads)
+    else:
+        length, grid = num_queries, (num_queries // _ROWS + num_sequences + 1, num_heads)
+    offsets = stats if cu_seqlens_q is None else cu_seqlens_q
     tile: dict[str, Any] = {"HEADS": num_heads, "D": head_dim, "BLOCK_D": settings.block_d}
-    rows_grid = (triton.cdiv(num_queries, _ROWS), num_heads)
-    prepare_kernel[rows_grid](
-        out.contiguous(), dout, lse.contiguous(), lse if dlse is None else dlse.contiguous(), stats, accumulator,
-        dout.stride(0), dout.stride(1), num_queries, pitch, ROWS=_ROWS, HAS_DLSE=dlse is not None, ZERO=adds, num_warps=4, **tile,
+    tile["PACKED"] = cu_seqlens_q is not None
+    prepare_kernel[grid](
+        out.contiguous(), dout, lse.contiguous(), lse if dlse is None else dlse.contiguous(), stats, offsets,
+        dout.stride(0), dout.stride(1), length, num_sequences, pitch, ROWS=_ROWS, HAS_DLSE=dlse is not None,
+        num_warps=4, **tile,
     )  # fmt: skip
     call = _Call(
         tensors=(q, k, v, dout), stats=stats, offsets=(cu_seqlens_q, cu_seqlens_k), batch_size=batch_size,
         longest=(max_seqlen_q, max_seqlen_k), window=window,
         scales=(softcap * LOG2_E, scale / softcap, scale) if softcap else (scale * LOG2_E, 0.0, scale),
         constants={
-            **tile, "GROUP": num_heads // k.size(1), "CAUSAL": causal, "WINDOWED": window > 0, "CAPPED": softcap > 0,
-            "PACKED": cu_seqlens_q is not None,
+            **tile, "GROUP": num_heads // k.size(1), "CAUSAL": causal, "WINDOWED": window > 0, "CAPPED": softcap > 0
         },
     )  # fmt: skip
-    _launch_keys(call, settings.keys, accumulator if adds else None, dk, dv)
     if settings.queries is not None:
+        _launch_keys(call, settings.keys, None, dk, dv)
         _launch_queries(call, settings.queries, dq)
-    else:
-        convert_kernel[rows_grid](
-            accumulator, dq, dq.stride(0), dq.stride(1), num_queries, scale, ROWS=_ROWS, num_warps=4, **tile
-        )
+        return
+    accumulator = torch.zeros((num_heads, head_dim, pitch), dtype=torch.float32, device=q.device)
+    _launch_keys(call, settings.keys, accumulator, dk, dv)
+    convert_kernel[grid](
+        accumulator, dq, offsets, dq.stride(0), dq.stride(1), length, num_sequences, pitch, scale, ROWS=_ROWS,
+        num_warps=4, **tile,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +236,7 @@ class _Call:
         return num_tiles * units, integers, table
 
     def sources(self, launch: Launch) -> tuple[Any, ...]:
-        """q, k, v, dout and stats as the kernels take them: descriptors (of the first four [heads, T, D]) or tensors."""
+        """q, k, v, dout and stats as the kernels take them: descriptors, of the first four [heads, T, D], or tensors."""
         if not launch.tma:
             return *self.tensors, self.stats
         blocks = (launch.block_m, launch.block_n, launch.block_n, launch.block_m)
@@ -239,11 +247,11 @@ class _Call:
 def _launch_keys(
     call: _Call, launch: Launch, accumulator: torch.Tensor | None, dk: torch.Tensor, dv: torch.Tensor
 ) -> None:
-    """dk and dv; adds dq / scale to `accumulator` [Tq, N, D] fp32 where one is given."""
+    """dk and dv; adds dq / scale to `accumulator` [N, D, pitch] fp32 where one is given."""
     programs, integers, table = call.grid(launch.block_n, over_keys=True)
     target: Any = call.stats if accumulator is None else accumulator
     if accumulator is not None and launch.tma:
-        target = _descriptor(accumulator, launch.block_m, call.constants["BLOCK_D"])
+        target = TensorDescriptor.from_tensor(accumulator, [1, call.constants["BLOCK_D"], launch.block_m])
     keys_kernel[(programs,)](
         *call.sources(launch), target, dk, dv, table, *_strides(*call.tensors, dk, dv), *call.scales,
         *integers, **_settings(launch), **call.constants, ADD_DQ=accumulator is not None,

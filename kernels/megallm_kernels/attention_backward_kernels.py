@@ -12,54 +12,80 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megallm_kernels.attention_tiles import load_tile, tanh, tile_and_head, visible
+from megallm_kernels.attention_tiles import document_of, load_tile, tanh, tile_and_head, visible
 
 
-@triton.jit(do_not_specialize=["num_queries", "pitch"])
+@triton.jit
+def _stats_start(first_token, sequence):
+    """Where a sequence's statistics begin in a row: a multiple of 4, for descriptors, and clear of the one before."""
+    return (first_token // 4 + sequence) * 4
+
+
+@triton.jit
+def _rows_of(offsets, num_queries, num_sequences, ROWS: tl.constexpr, PACKED: tl.constexpr):
+    """(sequence, its first token, the token past its end, tile inside it) of this program."""
+    if PACKED:
+        sequence, start, tile = document_of(tl.program_id(0), offsets, num_sequences, ROWS)
+        end = tl.load(offsets + sequence + 1, mask=sequence < num_sequences, other=num_queries)
+    else:
+        tiles = tl.cdiv(num_queries, ROWS)
+        sequence = tl.program_id(0) // tiles
+        tile = tl.program_id(0) % tiles
+        start = sequence * num_queries
+        end = start + num_queries
+    return sequence, start, end, tile
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_sequences", "pitch"])
 def prepare_kernel(
-    out, dout, lse, dlse, stats, accumulator, dout_token, dout_head, num_queries, pitch,
+    out, dout, lse, dlse, stats, offsets, dout_token, dout_head, num_queries, num_sequences, pitch,
     HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DLSE: tl.constexpr,
-    ZERO: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """stats [2, N, pitch] of ROWS queries of one head: lse in base 2, delta = sum(out dout) - dlse; zeros accumulator."""
+    """The statistics of ROWS queries of one head: lse in base 2, delta = sum(out dout) - dlse.
+
+    num_queries: Tq if PACKED, else Sq.
+    """
     head = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    num_rows = num_queries
+    if not PACKED:
+        num_rows = num_queries * num_sequences
+    sequence, start, end, tile = _rows_of(offsets, num_queries, num_sequences, ROWS, PACKED)
+    row = tile * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
-    inside = row < num_queries
+    inside = row < end - start
     both = inside[:, None] & (column < D)[None, :]
-    token = tl.cast(row, tl.int64)
+    token = tl.cast(start + row, tl.int64)
     at = (token * (HEADS * D) + head * D)[:, None] + column[None, :]
     o = tl.load(out + at, mask=both, other=0.0).to(tl.float32)
     dout_at = (token * dout_token + tl.cast(head, tl.int64) * dout_head)[:, None] + column[None, :]
     do = tl.load(dout + dout_at, mask=both, other=0.0).to(tl.float32)
     delta = tl.sum(o * do, axis=1)
-    at_row = tl.cast(head, tl.int64) * num_queries + token
+    at_row = tl.cast(head, tl.int64) * num_rows + token
     natural = tl.load(lse + at_row, mask=inside, other=float("-inf"))
     if HAS_DLSE:
         delta -= tl.load(dlse + at_row, mask=inside, other=0.0).to(tl.float32)
     alive = natural != float("-inf")
-    to_row = tl.cast(head, tl.int64) * pitch + token
-    tl.store(stats + to_row, tl.where(alive, natural * 1.4426950408889634, float("inf")), mask=inside)
-    to_row += tl.cast(HEADS, tl.int64) * pitch
-    tl.store(stats + to_row, tl.where(alive, delta, 0.0), mask=inside)
-    if ZERO:
-        tl.store(accumulator + at, tl.zeros([ROWS, BLOCK_D], dtype=tl.float32), mask=both)
+    to = stats + tl.cast(head, tl.int64) * pitch + _stats_start(start, sequence) + row
+    tl.store(to, tl.where(alive, natural * 1.4426950408889634, float("inf")), mask=inside)
+    tl.store(to + tl.cast(HEADS, tl.int64) * pitch, tl.where(alive, delta, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit(do_not_specialize=["num_queries", "num_sequences", "pitch"])
 def convert_kernel(
-    accumulator, dq, dq_token, dq_head, num_queries, factor,
-    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    accumulator, dq, offsets, dq_token, dq_head, num_queries, num_sequences, pitch, factor,
+    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dq = factor * accumulator [Tq, N, D] fp32, rounded once; ROWS queries of one head."""
+    """dq = factor * accumulator [N, D, pitch] fp32, rounded once; ROWS queries of one head, as in prepare_kernel."""
     head = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    sequence, start, end, tile = _rows_of(offsets, num_queries, num_sequences, ROWS, PACKED)
+    row = tile * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
-    both = (row < num_queries)[:, None] & (column < D)[None, :]
-    token = tl.cast(row, tl.int64)
-    x = tl.load(accumulator + (token * (HEADS * D) + head * D)[:, None] + column[None, :], mask=both, other=0.0)
-    x *= tl.cast(factor, tl.float32)
-    at = (token * dq_token + tl.cast(head, tl.int64) * dq_head)[:, None] + column[None, :]
+    both = (row < end - start)[:, None] & (column < D)[None, :]
+    source = accumulator + tl.cast(head, tl.int64) * D * pitch + _stats_start(start, sequence)
+    x = tl.load(source + (tl.cast(column, tl.int64) * pitch)[:, None] + row[None, :], mask=both.T, other=0.0)
+    x = x.T * tl.cast(factor, tl.float32)
+    at = (tl.cast(start + row, tl.int64) * dq_token + tl.cast(head, tl.int64) * dq_head)[:, None] + column[None, :]
     tl.store(dq + at, x.to(dq.dtype.element_ty), mask=both)
 
 
@@ -77,16 +103,16 @@ def _store_gradient(target, tile, factor, start, first, length, token_stride, he
 
 @triton.jit
 def _load_stats(stats, number, first, pitch, limit, other, ROWS: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr):
-    """Row `number` of the statistics from token `first` on; `other` from token `limit` on if MASKED."""
+    """ROWS numbers of row `number` of the statistics from place `first` on; MASKED: `limit` of them, then `other`."""
     inner = tl.arange(0, ROWS)
     if TMA:
         numbers = stats.load([number, first]).reshape(ROWS)
         if MASKED:
-            numbers = tl.where(inner < limit - first, numbers, other)
+            numbers = tl.where(inner < limit, numbers, other)
     else:
         at = stats + tl.cast(number, tl.int64) * pitch + first + inner
         if MASKED:
-            numbers = tl.load(at, mask=inner < limit - first, other=other)
+            numbers = tl.load(at, mask=inner < limit, other=other)
         else:
             numbers = tl.load(at)
     return numbers
@@ -95,7 +121,7 @@ def _load_stats(stats, number, first, pitch, limit, other, ROWS: tl.constexpr, T
 @triton.jit
 def _queries_of_keys(
     dk, dv, keys, values, q, dout, stats, dq,
-    key, q_start, num_queries, num_keys, kv_head, pitch, count_a, start_a, count_b, start_b,
+    key, q_start, stats_start, num_queries, num_keys, kv_head, pitch, count_a, start_a, count_b, start_b,
     q_token, q_head, dout_token, dout_head, scale, softcap, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr, ADD_DQ: tl.constexpr,
@@ -113,7 +139,8 @@ def _queries_of_keys(
         first = tl.where(tile < count_a, start_a + tile * BLOCK_M, start_b + (tile - count_a) * BLOCK_M)
         queries = load_tile(q, q_start + first, q_token, head, q_head, end, D, BLOCK_M, BLOCK_D, TMA, MASKED)
         s = tl.dot(keys, queries.T, input_precision=precision)  # transposed: p and ds are operands as they are
-        lse = _load_stats(stats, head, q_start + first, pitch, end, float("inf"), BLOCK_M, TMA, MASKED)
+        left = num_queries - first
+        lse = _load_stats(stats, head, stats_start + first, pitch, left, float("inf"), BLOCK_M, TMA, MASKED)
         if CAPPED:
             s = tanh(s * softcap)
         p = tl.exp2(s * scale - lse[None, :])
@@ -123,27 +150,21 @@ def _queries_of_keys(
         do = load_tile(dout, q_start + first, dout_token, head, dout_head, end, D, BLOCK_M, BLOCK_D, TMA, MASKED)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=precision)
         dp = tl.dot(values, do.T, input_precision=precision)
-        delta = _load_stats(stats, HEADS + head, q_start + first, pitch, end, 0.0, BLOCK_M, TMA, MASKED)
+        delta = _load_stats(stats, HEADS + head, stats_start + first, pitch, left, 0.0, BLOCK_M, TMA, MASKED)
         ds = p * (dp - delta[None, :])
         if CAPPED:
             ds = ds * (1.0 - s * s)
         ds = ds.to(queries.dtype)
         dk = tl.dot(ds, queries, dk, input_precision=precision)
         if ADD_DQ:
-            part = tl.dot(ds.T, keys, input_precision=precision)
-            if TMA:  # rows past the sequence have ds = 0
-                dq.atomic_add([head, q_start + first, 0], part.reshape(1, BLOCK_M, BLOCK_D))
+            part = tl.dot(keys.T, ds, input_precision=precision)  # transposed: ds is read where dk's product has it
+            to = stats_start + first
+            if TMA:  # queries past the sequence have ds = 0
+                dq.atomic_add([head, 0, to], part.reshape(1, BLOCK_D, BLOCK_M))
             else:
                 column = tl.arange(0, BLOCK_D)
-                token = tl.cast(q_start + first, tl.int64) + inner
-                to = dq + (token * (HEADS * D))[:, None] + (head * D + column)[None, :]
-                if MASKED:
-                    inside = (first + inner < num_queries)[:, None] & (column < D)[None, :]
-                    tl.atomic_add(to, part, mask=inside, sem="relaxed")
-                elif BLOCK_D == D:
-                    tl.atomic_add(to, part, sem="relaxed")
-                else:
-                    tl.atomic_add(to, part, mask=(column < D)[None, :], sem="relaxed")
+                at = dq + (tl.cast(head, tl.int64) * D * pitch + to) + (tl.cast(column, tl.int64) * pitch)[:, None]
+                tl.atomic_add(at + inner[None, :], part, mask=(column < D)[:, None] & (inner < left)[None, :], sem="relaxed")
     return dk, dv
 
 
@@ -172,9 +193,11 @@ def keys_kernel(
         tile = tl.load(entry + 4)
         length = tl.where(tile < 0, 0, length)  # an idle program has no query; its keys are past the end
         tile = tl.cdiv(num_keys, BLOCK_N) - 1 - tile  # the first keys are seen by most queries: first
+        stats_start = _stats_start(q_start, number - tile - k_start // BLOCK_N)
     else:
         number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS // GROUP * num_sequences, section)
         q_start = head // (HEADS // GROUP) * num_queries
+        stats_start = _stats_start(q_start, head // (HEADS // GROUP))
         k_start = head // (HEADS // GROUP) * num_keys
         length = num_queries
         tile = number
@@ -207,7 +230,7 @@ def keys_kernel(
     acc_v = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for part in tl.static_range(2):  # masked: diagonal, the window's edge, the last queries; then without masks
         acc_k, acc_v = _queries_of_keys(
-            acc_k, acc_v, keys, values, q, dout, stats, dq, key, q_start, length, num_keys, head, pitch,
+            acc_k, acc_v, keys, values, q, dout, stats, dq, key, q_start, stats_start, length, num_keys, head, pitch,
             (low_full - low) // BLOCK_M if part == 0 else (high_full - low_full) // BLOCK_M,
             low if part == 0 else low_full,
             (high - high_full) // BLOCK_M if part == 0 else 0, high_full,
@@ -270,9 +293,11 @@ def queries_kernel(
         k_start = tl.load(entry + 2)
         num_keys = tl.load(entry + 3)
         tile = tl.load(entry + 4)
+        stats_start = _stats_start(q_start, number - (tl.cdiv(length, BLOCK_M) - 1 - tile) - q_start // BLOCK_M)
     else:
         number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS * num_sequences, section)
         q_start = head // HEADS * num_queries
+        stats_start = _stats_start(q_start, head // HEADS)
         k_start = head // HEADS * num_keys
         length = num_queries
         tile = num_tiles - 1 - number  # the last tile sees most keys: first
@@ -301,8 +326,9 @@ def queries_kernel(
     end = q_start + length
     queries = load_tile(q, q_start + first, q_token, head, q_head, end, D, BLOCK_M, BLOCK_D, TMA, True)
     do = load_tile(dout, q_start + first, dout_token, head, dout_head, end, D, BLOCK_M, BLOCK_D, TMA, True)
-    lse = _load_stats(stats, head, q_start + first, pitch, end, float("inf"), BLOCK_M, TMA, True)
-    delta = _load_stats(stats, HEADS + head, q_start + first, pitch, end, 0.0, BLOCK_M, TMA, True)
+    at = stats_start + first
+    lse = _load_stats(stats, head, at, pitch, length - first, float("inf"), BLOCK_M, TMA, True)
+    delta = _load_stats(stats, HEADS + head, at, pitch, length - first, 0.0, BLOCK_M, TMA, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for part in tl.static_range(2):  # without masks; then masked: the window's edge, diagonal, the last keys
         acc = _keys_of_queries(

@@ -11,10 +11,10 @@ or the end. Tiles that no query sees are never visited: their bounds follow from
 the longest (the last tile), so that the short ones fill the gaps at the end; heads run in sections whose keys and
 values stay in the second-level cache.
 
-sm_90: TMA descriptors and warp_specialize: one warpgroup loads, two compute, each on half of the queries. Triton 3.6 and
-3.9 specialise a kernel with one loop only: there all tiles are masked in one loop, which costs the compare and select
-that the other consumer's products hide. They also split a descriptor made by the host at the wrong place, so that of q
-is made in the kernel; k and v, which both consumers read whole, come by host descriptors [heads, T, D].
+sm_90: TMA descriptors and warp_specialize: one warpgroup loads, two compute, each on half of the queries. Triton 3.6
+and 3.9 specialise a kernel with one loop only: there all tiles are masked in one loop, which costs the compare and
+select that the other consumer's products hide. They also split a descriptor made by the host at the wrong place, so
+that of q is made in the kernel; k and v, which both consumers read whole, come by host descriptors [heads, T, D].
 Others, and tensors whose address or strides are not multiples of 16 bytes: pointers, cp.async pipelining.
 A descriptor's tile may reach past the end of a sequence: the keys are masked, the values must be finite (0 * NaN).
 
@@ -67,7 +67,7 @@ class Launch:
 # arch -> largest BLOCK_D -> (BLOCK_M, BLOCK_N, warps, stages, TMA, warp_specialize), for two-byte elements.
 _TABLE: dict[int, dict[int, tuple[int, int, int, int, bool, bool]]] = {
     0: {256: (32, 32, 4, 1, False, False)},
-    80: {64: (128, 64, 4, 3, False, False), 128: (128, 64, 8, 2, False, False), 256: (64, 64, 8, 2, False, False)},
+    80: {64: (128, 64, 8, 3, False, False), 128: (128, 64, 8, 2, False, False), 256: (64, 64, 8, 2, False, False)},
     90: {64: (128, 128, 4, 3, True, True), 128: (128, 128, 4, 2, True, True), 256: (128, 64, 4, 2, True, True)},
 }
 # fp32 inputs, every arch but 0.
@@ -87,6 +87,53 @@ def plan(arch: int, head_dim: int, *, element_bytes: int, aligned: bool) -> Laun
         block_m=block_m, block_n=block_n, block_d=block_d, num_warps=num_warps, num_stages=num_stages,
         tma=tma, warp_specialize=specialize,
     )  # fmt: skip
+
+
+@triton.jit
+def _place(
+    table, num_queries, num_keys, num_sequences, num_tiles, section, HEADS: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """(head, first query token, queries, first key token, keys of the sequence, tile inside it, Tq) of a program."""
+    if PACKED:
+        number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS, section)
+        entry = table + number * 5
+        q_start = tl.load(entry)
+        length = tl.load(entry + 1)
+        k_start = tl.load(entry + 2)
+        num_keys = tl.load(entry + 3)
+        tile = tl.load(entry + 4)
+        num_rows = num_queries
+    else:
+        number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS * num_sequences, section)
+        q_start = head // HEADS * num_queries
+        k_start = head // HEADS * num_keys
+        length = num_queries
+        tile = num_tiles - 1 - number  # the last tile sees most keys: first
+        num_rows = num_queries * num_sequences
+        head = head % HEADS
+    return head, q_start, length, k_start, num_keys, tile, num_rows
+
+
+@triton.jit
+def _bounds(first, shift, num_keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+            WINDOWED: tl.constexpr):  # fmt: skip
+    """(low, low_full, high_full, high): some query of the tile sees a key of low..high, every one low_full..high_full.
+
+    All but high are multiples of BLOCK_N; low <= low_full <= high_full, and high_full < high + BLOCK_N.
+    """
+    low = 0
+    low_full = 0
+    high = num_keys
+    high_full = num_keys // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        high = tl.maximum(tl.minimum(num_keys, first + BLOCK_M + shift), 0)
+        high_full = tl.maximum(tl.minimum(num_keys, first + shift + 1), 0) // BLOCK_N * BLOCK_N
+    if WINDOWED:
+        low = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N
+        low_full = tl.cdiv(tl.maximum(first + BLOCK_M + shift - window, 0), BLOCK_N) * BLOCK_N
+        low_full = tl.minimum(low_full, tl.cdiv(high, BLOCK_N) * BLOCK_N)
+        high_full = tl.maximum(high_full, low_full)
+    return low, low_full, high_full, high
 
 
 @triton.jit
@@ -145,46 +192,20 @@ def forward_kernel(
     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
     TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head. scale and softcap: score = scale * s or, CAPPED, scale * tanh(softcap * s), base 2.
+    """One tile of queries of one head. A score in base 2 is scale * s or, CAPPED, scale * tanh(softcap * s).
 
-    num_queries: Tq if PACKED, else Sq; num_keys: Sk (unless PACKED).
+    num_queries: Tq if PACKED, else Sq; num_keys: Sk (unless PACKED); table: `packed_tiles`.
     """
-    if PACKED:
-        number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS, section)
-        entry = table + number * 5
-        q_start = tl.load(entry)
-        length = tl.load(entry + 1)
-        k_start = tl.load(entry + 2)
-        num_keys = tl.load(entry + 3)
-        tile = tl.load(entry + 4)
-        num_rows = num_queries
-    else:
-        number, head = tile_and_head(tl.program_id(0), num_tiles, HEADS * num_sequences, section)
-        q_start = head // HEADS * num_queries
-        k_start = head // HEADS * num_keys
-        length = num_queries
-        tile = num_tiles - 1 - number  # the last tile sees most keys: first
-        num_rows = num_queries * num_sequences
-        head = head % HEADS
+    head, q_start, length, k_start, num_keys, tile, num_rows = _place(
+        table, num_queries, num_keys, num_sequences, num_tiles, section, HEADS, PACKED
+    )
     if PACKED and not WARP_SPECIALIZE:  # which takes no early return: there an idle program has no row and no key
         if tile < 0:
             return
-    first = tl.maximum(tile, 0) * BLOCK_M
     length = tl.where(tile < 0, 0, length)
+    first = tl.maximum(tile, 0) * BLOCK_M
     shift = num_keys - length
-    # keys low to high are seen by a query of the tile, low_full to high_full by every one
-    low = 0
-    low_full = 0
-    high = num_keys
-    high_full = num_keys // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        high = tl.maximum(tl.minimum(num_keys, first + BLOCK_M + shift), 0)
-        high_full = tl.maximum(tl.minimum(num_keys, first + shift + 1), 0) // BLOCK_N * BLOCK_N
-    if WINDOWED:
-        low = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N
-        low_full = tl.cdiv(tl.maximum(first + BLOCK_M + shift - window, 0), BLOCK_N) * BLOCK_N
-        low_full = tl.minimum(low_full, tl.cdiv(high, BLOCK_N) * BLOCK_N)
-        high_full = tl.maximum(high_full, low_full)
+    low, low_full, high_full, high = _bounds(first, shift, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED)
     high = tl.where(tile < 0, low, high)
     row = first + tl.arange(0, BLOCK_M)
     kv_head = head // GROUP
@@ -266,7 +287,7 @@ def forward(
     # made in a copy of the context, ours ends with the launch.
     contextvars.copy_context().run(
         _launch, forward_kernel[(num_tiles * heads,)],
-        q, *read, out, lse, table, *(x.stride(i) for x in (q, k, v) for i in (0, 1)), *scales,
+        q, *read, out, lse, table, *(stride for x in (q, k, v) for stride in _strides(x, launch.block_d)), *scales,
         *sizes, num_tiles, min(section, heads), window,
         HEADS=num_heads, GROUP=group, D=head_dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
         BLOCK_D=launch.block_d, CAUSAL=causal, WINDOWED=window > 0, CAPPED=softcap > 0,
@@ -318,7 +339,12 @@ def _aligned(x: torch.Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
 
 
+def _strides(x: torch.Tensor, block_d: int) -> tuple[int, int]:
+    """Of tokens and heads; of a dimension of size 1, which may have any, one that a descriptor takes."""
+    return x.stride(0) if x.size(0) > 1 else block_d, x.stride(1) if x.size(1) > 1 else block_d
+
+
 def descriptor(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
     """Of x [T, heads, D], as [heads, T, D] in blocks [1, rows, block_d]; outside it reads 0. Made on the host."""
-    token, head = (x.stride(i) if x.size(i) > 1 else block_d for i in (0, 1))
+    token, head = _strides(x, block_d)
     return TensorDescriptor(x, [x.size(1), x.size(0), x.size(2)], [head, token, 1], [1, rows, block_d])

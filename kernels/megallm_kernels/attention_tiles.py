@@ -1,7 +1,7 @@
 """What the attention kernels share: which tile a program works on, how a tile is read, and the formula of a score.
 
-Tiles of documents packed one after another are listed on the device, without waiting for their lengths. With c[b] the first token of
-document b and M the rows of a tile, document b owns the tile numbers from c[b] // M + b on: since
+Tiles of documents packed one after another are listed on the device, without waiting for their lengths. With c[b] the
+first token of document b and M the rows of a tile, document b owns the tile numbers from c[b] // M + b on: since
 
     (c[b] + length) // M - c[b] // M + 1  >=  ceil(length / M)
 
@@ -108,7 +108,7 @@ def tanh(x):
 
 @triton.jit
 def visible(query, key, num_keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """Which keys each query sees; `query` = its number counted from the end of the keys (i + Sk - Sq), broadcastable."""
+    """Which keys each query sees; `query` is its number aligned to the last key, i + Sk - Sq."""
     seen = key < num_keys
     if CAUSAL:
         seen = seen & (key <= query)

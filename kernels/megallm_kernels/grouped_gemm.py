@@ -327,21 +327,24 @@ def grouped_gemm_reference(x: torch.Tensor, weight: torch.Tensor, offsets: torch
 
 
 def torch_refusal(x: torch.Tensor, weight: torch.Tensor) -> str:
-    """Why `torch_grouped_mm` cannot take these, in words, or "" (as of torch 2.11 to 2.13)."""
+    """Why `torch_grouped_mm` should not take these, in words, or "" (as of torch 2.11 to 2.13)."""
     if not all(_aligned(t) for t in (x, weight if weight.stride(-1) == 1 else weight.transpose(1, 2))):
         return "torch's grouped product needs addresses and strides that are multiples of 16 bytes"
     if weight.size(1) * weight.element_size() % 16:
         return "torch's grouped product needs output rows that are multiples of 16 bytes"
     arch = target_of(x).arch
-    if x.is_cuda and (x.dtype != torch.bfloat16 or arch // 10 not in (9, 10)):
-        return f"torch's grouped product waits for the offsets with {x.dtype} on sm_{arch} (not in bf16 on sm_90, sm_100)"
+    if x.is_cuda and not (x.dtype == torch.bfloat16 and arch == 90):
+        # elsewhere a loop that waits for the offsets; on sm_100 no zeros for an empty expert (pytorch #172439)
+        return f"torch's grouped product is only as wanted in bf16 on sm_90, not {x.dtype} on sm_{arch}"
     return ""
 
 
 def torch_grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """`grouped_gemm` by torch's own kernel; the rows past offsets[E] are undefined. ValueError where it cannot run.
+    """`grouped_gemm` by torch's own kernel, ValueError where that cannot run.
 
-    torch 2.11 to 2.13 have it as torch.nn.functional.grouped_mm and as torch._grouped_mm, with the ends of the groups.
+    Rows past offsets[E], of y and of dx, are not written and may hold NaN (pytorch #154557): nothing may read them, not
+    even times zero. torch 2.11 to 2.13 have it as torch.nn.functional.grouped_mm, over torch._grouped_mm; it takes the
+    ends of the groups, and under torch.compile bf16 alone.
     """
     refusal = torch_refusal(x, weight)
     if refusal:

@@ -26,16 +26,19 @@ def strided(x: torch.Tensor) -> torch.Tensor:
 
 
 def far_rows(*shape: int) -> str:
-    """Source of `far()`: an fp16 tensor [2, *shape] whose rows are 2^30 elements apart, over untouched memory."""
+    """Source of `far()`: an fp16 tensor [3, *shape] whose rows are 2^30 elements apart, over untouched memory.
+
+    Three, because the offset of the last row is the first that 32 bits do not hold.
+    """
     return textwrap.dedent(f"""
         import torch
         from megallm.testing.triton_interpreter import repair_bf16
         repair_bf16()
 
         def far(shape={shape!r}):
-            buffer = torch.empty(2**30 + {max(1, _numel(shape))}, dtype=torch.float16)
+            buffer = torch.empty(2**31 + {max(1, _numel(shape))}, dtype=torch.float16)
             inner = torch.empty(shape).stride()
-            return buffer.as_strided((2, *shape), (2**30, *inner)).normal_(generator=torch.Generator().manual_seed(1))
+            return buffer.as_strided((3, *shape), (2**30, *inner)).normal_(generator=torch.Generator().manual_seed(1))
     """)
 
 

@@ -35,8 +35,9 @@ def reference(
         seen = torch.ones_like(i >= j) if not causal else j <= i
         seen = seen & (i - j < window) if window else seen
         s = s.masked_fill(~seen, float("-inf"))
-        lse[:, q0:q1] = torch.logsumexp(s, dim=-1)
-        p = torch.where(seen, torch.exp(s - lse[:, q0:q1, None].nan_to_num(neginf=0.0)), 0.0)
+        rows = torch.logsumexp(s, dim=-1)
+        lse[:, q0:q1] = rows
+        p = torch.where(seen, torch.exp(s - rows.unsqueeze(-1).nan_to_num(neginf=0.0)), 0.0)
         out[q0:q1] = torch.einsum("nqk,knd->qnd", p, v[k0:k1])
     return out, lse
 
@@ -113,7 +114,7 @@ def test_a_sliding_window_sees_the_last_keys_only(window: int, lengths: tuple[in
     ([0, 97], [0, 97]), ([0, 0, 1, 40, 40, 97], [0, 0, 1, 40, 40, 97]), ([0, 50, 50, 97], [0, 3, 60, 97]),
     ([0, 33, 97], [0, 33, 33]), ([0, 20, 30], [0, 20, 30]), ([0], [0]), ([0, 0], [0, 0]),
     (list(range(0, 97, 3)), list(range(0, 97, 3))),
-], ids=["one", "empty and of one token", "uneven", "without keys", "unused tokens", "none", "one empty", "many"])  # fmt: skip
+], ids=["one", "empty and of one token", "uneven", "no keys", "unused", "none", "one empty", "many"])  # fmt: skip
 def test_packed_documents_do_not_see_each_other(dtype: torch.dtype, offsets: tuple[list[int], list[int]]) -> None:
     """Also: tokens past the last document give 0 and -inf, whatever stood in memory."""
     q, k, v = inputs(97, 97, 2, 1, 32, dtype)

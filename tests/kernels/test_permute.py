@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DTYPES, far_rows, normal, run_alone, strided
+from kernel_checks import DTYPES, normal, run_alone, strided
 from torch.library import opcheck
 
 from megallm.testing.tolerances import assert_close
@@ -230,16 +230,25 @@ def test_ops_compile_without_graph_breaks() -> None:
 
 
 def test_rows_2_to_the_30_elements_apart_are_found() -> None:
-    run_alone(far_rows(32) + """
+    run_alone("""
+import torch
+from megallm.testing.triton_interpreter import repair_bf16
+repair_bf16()
+
+def far(*shape):  # [3, *shape], rows 2^30 elements apart over untouched memory: 2 * 2^30 is past int32
+    buffer = torch.empty(2**31 + 2**12, dtype=torch.float16)
+    rows = buffer.as_strided((3, *shape), (2**30, *torch.empty(shape).stride()))
+    return rows.normal_(generator=torch.Generator().manual_seed(1))
+
 from megallm_kernels import permute as kernel
-order = kernel.sort_by_expert(torch.tensor([[1], [0]]), 2)
-x = far()
-rows = kernel.permute(x, order.source, order.destination)
-assert torch.equal(rows, x.contiguous().flip(0))
-weights = torch.tensor([[2.0], [3.0]])
-near = kernel.unpermute(x.contiguous(), order.source, order.destination, weights)
-assert torch.equal(kernel.unpermute(x, order.source, order.destination, weights), near)
+order = kernel.sort_by_expert(torch.tensor([[2], [1], [0]]), 3)
+x = far(32)
+near = x.contiguous()
+assert torch.equal(kernel.permute(x, order.source, order.destination), near.flip(0))
+weights = torch.tensor([[2.0], [3.0], [4.0]])
+expected = kernel.unpermute(near, order.source, order.destination, weights)
+assert torch.equal(kernel.unpermute(x, order.source, order.destination, weights), expected)
 at = (order.source, order.destination, weights, True)
-for a, e in zip(kernel.unpermute_backward(x, x, *at), kernel.unpermute_backward(x.contiguous(), x.contiguous(), *at)):
+for a, e in zip(kernel.unpermute_backward(x, x, *at), kernel.unpermute_backward(near, near, *at)):
     assert torch.equal(a, e)
 """)

@@ -113,7 +113,7 @@ def test_both_forms_compile_without_graph_breaks() -> None:
 def test_tokens_2_to_the_30_elements_apart_are_found() -> None:
     run_alone(far_rows(3, 16) + """
 from megallm_kernels.rope import rope, rope_
-x, cos, sin = far(), torch.randn(2, 8), torch.randn(2, 8)
+x, cos, sin = far(), torch.randn(3, 8), torch.randn(3, 8)
 expected = rope(x.contiguous(), cos, sin)
 assert torch.equal(rope(x, cos, sin), expected)
 rope_(x, cos, sin)
