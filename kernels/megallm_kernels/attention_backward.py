@@ -236,7 +236,7 @@ class _Call:
         return num_tiles * units, integers, table
 
     def sources(self, launch: Launch) -> tuple[Any, ...]:
-        """q, k, v, dout and stats as the kernels take them: descriptors, of the first four [heads, T, D], or tensors."""
+        """q, k, v, dout and stats as the kernels take them: descriptors (of tiles [1, rows, D]) or tensors."""
         if not launch.tma:
             return *self.tensors, self.stats
         blocks = (launch.block_m, launch.block_n, launch.block_n, launch.block_m)

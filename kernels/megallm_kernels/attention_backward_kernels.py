@@ -133,7 +133,8 @@ def _queries_of_keys(
     shift = num_keys - num_queries
     end = q_start + num_queries
     each = count_a + count_b
-    for i in tl.range(0, GROUP * each, num_stages=STAGES, warp_specialize=WARP_SPECIALIZE):
+    # disable_licm: addresses computed ahead would take the registers that dk and dv need; without TMA it is worse
+    for i in tl.range(0, GROUP * each, num_stages=STAGES, warp_specialize=WARP_SPECIALIZE, disable_licm=TMA):
         head = kv_head * GROUP + i // each
         tile = i % each
         first = tl.where(tile < count_a, start_a + tile * BLOCK_M, start_b + (tile - count_a) * BLOCK_M)
@@ -164,7 +165,8 @@ def _queries_of_keys(
             else:
                 column = tl.arange(0, BLOCK_D)
                 at = dq + (tl.cast(head, tl.int64) * D * pitch + to) + (tl.cast(column, tl.int64) * pitch)[:, None]
-                tl.atomic_add(at + inner[None, :], part, mask=(column < D)[:, None] & (inner < left)[None, :], sem="relaxed")
+                inside = (column < D)[:, None] & (inner < left)[None, :]
+                tl.atomic_add(at + inner[None, :], part, mask=inside, sem="relaxed")
     return dk, dv
 
 

@@ -166,9 +166,10 @@ class _RotaryAttention(torch.autograd.Function):
         if cos is not None and sin is not None:
             qkv = qkv if in_place else qkv.clone()
             rope_(qkv[:, :num_rotated], cos, sin)
-        settings = (num_heads, batch_size, qkv.size(0) // max(batch_size, 1), window, 1.0 / math.sqrt(qkv.size(2)))
-        heads, batch, length, window, scale = settings
-        out, lse = packed_attention(qkv, heads, None, batch, length, True, window, 0.0, scale, False)
+        length = qkv.size(0) // max(batch_size, 1)
+        scale = 1.0 / math.sqrt(qkv.size(2))
+        settings = (num_heads, None, None, batch_size, length, length, True, window, 0.0, scale, False)
+        out, lse = packed_attention(qkv, *settings)
         ctx.save_for_backward(qkv, out, lse, cos, sin)
         ctx.settings, ctx.num_rotated = settings, num_rotated
         return out
@@ -179,10 +180,7 @@ class _RotaryAttention(torch.autograd.Function):
         from megallm_kernels.rope import rope_
 
         qkv, out, lse, cos, sin = ctx.saved_tensors
-        heads, batch, length, window, scale = ctx.settings
-        dqkv = packed_attention_backward(
-            dout, None, qkv, out, lse, heads, None, batch, length, True, window, 0.0, scale, False
-        )
+        dqkv = packed_attention_backward(dout, qkv, out, lse, None, *ctx.settings)
         if cos is not None:
             rope_(dqkv[:, : ctx.num_rotated], cos, sin, None, None, True)
         return dqkv, None, None, None, None, None, None
