@@ -126,7 +126,10 @@ def test_a_model_learns_the_same_on_triton_kernels(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [Case(model=LLAMA, precision="fp32", mbs=8, tp=2), Case(model=LLAMA, precision="fp32", mbs=8, tp=2, sp=False, pp=2)],
+    [
+        Case(model=LLAMA, precision="fp32", mbs=8, tp=2),
+        Case(model=LLAMA, precision="fp32", mbs=8, tp=2, sp=False, pp=2),
+    ],
     ids=lambda case: case.name,
 )
 def test_layouts_learn_the_same_on_triton_kernels(case: Case) -> None:

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,16 @@ def worker_environment() -> dict[str, str]:
 
 
 def run_sections(
-    plan: dict[str, Any], results: Results, folder: Path, *, num_workers: int, unit_limit_s: float
-) -> None:
-    """Workers over plan["sections"]; `num_workers` share the units out."""
+    plan: dict[str, Any], results: Results, folder: Path, *, num_workers: int, unit_limit_s: float,
+    program: Sequence[str] = ("-m", "gpu_parts.worker"),
+) -> None:  # fmt: skip
+    """Workers over plan["sections"]; `num_workers` share the units out. `program`: what Python is to run as a worker."""
     plan = plan | {"ceilings": results.ceilings, "condemned": results.condemned}
     stem = "-".join(plan["sections"])[:40]
     limit = max(plan["deadlines"][section] for section in plan["sections"])
-    workers = [_Supervised(folder, f"{stem}-{i}", i, num_workers, unit_limit_s) for i in range(num_workers)]
+    workers = [
+        _Supervised(folder, f"{stem}-{i}", f"{i}/{num_workers}", unit_limit_s, program) for i in range(num_workers)
+    ]
     _write_plan(folder, plan, results)
     for worker in workers:
         worker.start()
@@ -97,8 +100,9 @@ def _write_plan(folder: Path, plan: dict[str, Any], results: Results) -> None:
 class _Supervised:
     """One worker process and its successors."""
 
-    def __init__(self, folder: Path, name: str, index: int, count: int, unit_limit_s: float) -> None:
-        self._folder, self._name, self._shard, self._limit = folder, name, f"{index}/{count}", unit_limit_s
+    def __init__(self, folder: Path, name: str, shard: str, unit_limit_s: float, program: Sequence[str]) -> None:
+        self._folder, self._name, self._shard, self._limit = folder, name, shard, unit_limit_s
+        self._program = program
         self.lines = JsonLines(folder / f"rows-{name}.jsonl")
         self._process: subprocess.Popen[bytes] | None = None
         self._restarts = 0
@@ -111,7 +115,7 @@ class _Supervised:
     def start(self) -> None:
         """A new process for what is left."""
         (self._folder / f"current-{self._name}.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "gpu_parts.worker", "--folder", str(self._folder), "--name", self._name]
+        command = [sys.executable, *self._program, "--folder", str(self._folder), "--name", self._name]
         self._process = subprocess.Popen([*command, "--shard", self._shard], env=worker_environment(), cwd=ROOT)
 
     def watch(self, results: Results, limit: float, write_plan: Callable[[], None]) -> None:

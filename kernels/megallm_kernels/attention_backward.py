@@ -9,12 +9,13 @@ FLOPs: 10 D for each visible (query, key) pair; 14 D where dq is computed apart,
     prepare   delta, and lse in base 2                            a pass over out and dout
     keys      a tile of keys stays, the queries of the group's heads pass by: dk, dv (4 products of matrices)
     queries   a tile of queries stays, the keys pass by: dq (3 products); deterministic
-    or: keys also adds its part of dq (5 products in all) to an fp32 buffer, in any order; convert then rounds it
+    or: keys also adds its part of dq (5 products) to an fp32 buffer, in any order; convert then rounds it
 
 The keys kernel works on s^T = k q^T, so that p^T and ds^T are operands of the next products as they lie in registers.
 Only tiles cut by the diagonal, the window's edge or an end pay for masks; tiles that see nothing are never visited.
-sm_90: TMA descriptors, and dq is added by TMA reductions; others, and tensors whose address or strides are not
-multiples of 16 bytes: pointers. A tile read by TMA may reach past a sequence: what is there must be finite (0 * NaN).
+sm_90: TMA descriptors, and dq is added by TMA reductions to [N, D, pitch], tokens innermost, as the product leaves it.
+Others, and tensors whose address or strides are not multiples of 16 bytes: pointers, and always the two kernels.
+A tile read by TMA may reach past a sequence: what is there must be finite (0 * NaN).
 
 Scores, dk, dv and dq accumulate in fp32; p and ds are rounded to the inputs' dtype before a product; fp32 inputs are
 multiplied as three tf32 products. int64: token and head numbers are widened before they meet a stride.
@@ -42,7 +43,7 @@ MAX_HEAD_DIM = 256
 CACHE_BYTES = 32 * 2**20
 """What a section of heads may span of the tensors that pass by: A100 (40 MB) and H100 (50 MB) keep it."""
 
-_ROWS = 32
+ROWS = 32
 """Queries a program of the prepare and convert passes takes: 4096 elements of D = 128, 16 bytes a thread and access."""
 
 
@@ -78,45 +79,52 @@ _Row = tuple[int, int, int, int, bool, bool]
 # arch -> largest BLOCK_D -> (BLOCK_M, BLOCK_N, warps, stages, TMA, warp_specialize), for two-byte elements.
 _KEYS: dict[int, dict[int, _Row]] = {
     0: {256: (32, 32, 4, 1, False, False)},
-    80: {64: (64, 64, 4, 2, False, False), 128: (64, 64, 8, 1, False, False), 256: (32, 32, 8, 1, False, False)},
-    90: {64: (64, 128, 8, 2, True, False), 128: (64, 128, 8, 2, True, False), 256: (64, 64, 8, 1, True, False)},
+    80: {64: (64, 128, 8, 2, False, False), 128: (64, 64, 8, 2, False, False), 256: (32, 32, 8, 1, False, False)},
+    90: {64: (64, 128, 8, 2, True, False), 128: (64, 128, 8, 2, True, False), 256: (32, 64, 8, 2, True, False)},
 }
 _QUERIES: dict[int, dict[int, _Row]] = {
     0: {256: (32, 32, 4, 1, False, False)},
-    80: {64: (128, 64, 8, 2, False, False), 128: (64, 64, 8, 2, False, False), 256: (64, 32, 8, 1, False, False)},
-    90: {64: (128, 64, 8, 2, True, False), 128: (128, 64, 8, 2, True, False), 256: (64, 64, 8, 1, True, False)},
+    80: {64: (128, 64, 8, 2, False, False), 128: (128, 64, 8, 2, False, False), 256: (64, 32, 8, 2, False, False)},
+    90: {64: (128, 128, 8, 2, True, False), 128: (128, 64, 8, 2, True, False), 256: (64, 64, 8, 2, True, False)},
 }
-# The keys kernel where it also adds to dq.
+# The keys kernel where it also adds to dq; not on sm_80, where no tile of five products fits the registers.
 _ADDING: dict[int, dict[int, _Row]] = {
     0: {256: (32, 32, 4, 1, False, False)},
-    80: {64: (64, 64, 4, 2, False, False), 128: (64, 64, 8, 1, False, False), 256: (32, 32, 8, 1, False, False)},
-    90: {64: (64, 128, 8, 2, True, False), 128: (64, 128, 8, 2, True, False), 256: (64, 64, 8, 1, True, False)},
+    90: {64: (64, 128, 8, 2, True, False), 128: (64, 128, 8, 2, True, False), 256: (32, 64, 8, 2, True, False)},
 }
-# fp32 inputs, every arch but 0.
+# fp32 inputs, every arch but 0; always two kernels.
 _WIDE: dict[int, _Row] = {
     64: (32, 32, 4, 1, False, False), 128: (32, 32, 8, 1, False, False), 256: (16, 32, 8, 1, False, False)
 }  # fmt: skip
 
+_CAPPED_BLOCK_M = 32
+"""Most queries of a tile of the keys kernel with a softcap, whose derivative takes registers too."""
 
-def plan(arch: int, head_dim: int, *, element_bytes: int, aligned: bool, deterministic: bool) -> Plan:
+
+def plan(
+    arch: int, head_dim: int, *, element_bytes: int, aligned: bool, deterministic: bool, capped: bool = False
+) -> Plan:
     """Launch settings; `aligned`: addresses and strides are multiples of 16 bytes. ValueError if D is too large."""
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"head dim {head_dim} is not within 1 to {MAX_HEAD_DIM}, which this kernel takes: use torch's")
     block_d = max(next_power_of_2(head_dim), 16)
-    family = 0 if arch == 0 else 90 if 90 <= arch < 100 and aligned else 80
     wide = element_bytes > 2 and arch != 0
+    family = 0 if arch == 0 else 90 if 90 <= arch < 100 and aligned and not wide else 80
+    if not deterministic and family in _ADDING:
+        return Plan(block_d=block_d, keys=_launch(_ADDING[family], block_d, capped=capped), queries=None)
+    return Plan(
+        block_d=block_d,
+        keys=_launch(_WIDE if wide else _KEYS[family], block_d, capped=capped),
+        queries=_launch(_WIDE if wide else _QUERIES[family], block_d, capped=False),
+    )
 
-    def launch(table: dict[int, dict[int, _Row]]) -> Launch:
-        row = _WIDE if wide else table[family]
-        block_m, block_n, num_warps, num_stages, tma, specialize = next(row[d] for d in row if block_d <= d)
-        return Launch(
-            block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages, tma=tma,
-            warp_specialize=specialize,
-        )  # fmt: skip
 
-    if deterministic:
-        return Plan(block_d=block_d, keys=launch(_KEYS), queries=launch(_QUERIES))
-    return Plan(block_d=block_d, keys=launch(_ADDING), queries=None)
+def _launch(rows: dict[int, _Row], block_d: int, *, capped: bool) -> Launch:
+    block_m, block_n, num_warps, num_stages, tma, specialize = next(rows[d] for d in rows if block_d <= d)
+    return Launch(
+        block_m=min(block_m, _CAPPED_BLOCK_M) if capped else block_m, block_n=block_n, num_warps=num_warps,
+        num_stages=num_stages, tma=tma, warp_specialize=specialize,
+    )  # fmt: skip
 
 
 def backward(
@@ -160,22 +168,23 @@ def backward(
     if settings is None:
         aligned = all(_is_aligned(x) for x in (q, k, v, dout)) and head_dim % 4 == 0
         settings = plan(
-            target_of(q).arch, head_dim, element_bytes=q.element_size(), aligned=aligned, deterministic=deterministic
-        )
+            target_of(q).arch, head_dim, element_bytes=q.element_size(), aligned=aligned,
+            deterministic=deterministic, capped=softcap > 0,
+        )  # fmt: skip
     num_sequences = batch_size if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     pitch = (num_queries // 4 + num_sequences + 1) * 4
     stats = torch.empty((2, num_heads, pitch), dtype=torch.float32, device=q.device)
     if cu_seqlens_q is None:
         length = num_queries // batch_size
-        grid = (triton.cdiv(length, _ROWS) * batch_size, num_heads)
+        grid = (triton.cdiv(length, ROWS) * batch_size, num_heads)
     else:
-        length, grid = num_queries, (num_queries // _ROWS + num_sequences + 1, num_heads)
+        length, grid = num_queries, (num_queries // ROWS + num_sequences + 1, num_heads)
     offsets = stats if cu_seqlens_q is None else cu_seqlens_q
     tile: dict[str, Any] = {"HEADS": num_heads, "D": head_dim, "BLOCK_D": settings.block_d}
     tile["PACKED"] = cu_seqlens_q is not None
     prepare_kernel[grid](
         out.contiguous(), dout, lse.contiguous(), lse if dlse is None else dlse.contiguous(), stats, offsets,
-        dout.stride(0), dout.stride(1), length, num_sequences, pitch, ROWS=_ROWS, HAS_DLSE=dlse is not None,
+        dout.stride(0), dout.stride(1), length, num_sequences, pitch, ROWS=ROWS, HAS_DLSE=dlse is not None,
         num_warps=4, **tile,
     )  # fmt: skip
     call = _Call(
@@ -193,7 +202,7 @@ def backward(
     accumulator = torch.zeros((num_heads, head_dim, pitch), dtype=torch.float32, device=q.device)
     _launch_keys(call, settings.keys, accumulator, dk, dv)
     convert_kernel[grid](
-        accumulator, dq, offsets, dq.stride(0), dq.stride(1), length, num_sequences, pitch, scale, ROWS=_ROWS,
+        accumulator, dq, offsets, dq.stride(0), dq.stride(1), length, num_sequences, pitch, scale, ROWS=ROWS,
         num_warps=4, **tile,
     )  # fmt: skip
 

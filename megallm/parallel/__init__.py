@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megallm.config.parallel import ParallelConfig
     from megallm.config.presets import get_preset
     from megallm.generate.sampling import Sampling
+    from megallm.ops.backends import Backends
     from megallm.parallel.logprobs import IGNORE_INDEX, VocabLogits
     from megallm.parallel.mesh import Axis, Mesh, start_process_group, stop_process_group
     from megallm.parallel.recorder import Recorder
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Axis": "megallm.parallel.mesh",
+    "Backends": "megallm.ops.backends",
     "Engine": "megallm.trainers.engine",
     "IGNORE_INDEX": "megallm.parallel.logprobs",
     "Mesh": "megallm.parallel.mesh",
@@ -48,6 +50,7 @@ _HOME = {
 __all__ = [
     "IGNORE_INDEX",
     "Axis",
+    "Backends",
     "Engine",
     "Mesh",
     "ModelConfig",
