@@ -92,9 +92,12 @@ _ADDING: dict[int, dict[int, _Row]] = {
     0: {256: (32, 32, 4, 1, False, False)},
     90: {64: (64, 128, 8, 2, True, False), 128: (64, 128, 8, 2, True, False), 256: (32, 64, 8, 2, True, False)},
 }
-# fp32 inputs, every arch but 0; always two kernels.
-_WIDE: dict[int, _Row] = {
-    64: (32, 32, 4, 1, False, False), 128: (32, 32, 8, 1, False, False), 256: (16, 32, 8, 1, False, False)
+# fp32 inputs, every arch but 0, always two kernels: correct rather than fast (at D = 256 registers spill).
+_WIDE_KEYS: dict[int, _Row] = {
+    64: (16, 32, 4, 1, False, False), 128: (16, 16, 4, 1, False, False), 256: (16, 16, 8, 1, False, False)
+}  # fmt: skip
+_WIDE_QUERIES: dict[int, _Row] = {
+    64: (32, 32, 4, 1, False, False), 128: (16, 32, 4, 1, False, False), 256: (16, 16, 8, 1, False, False)
 }  # fmt: skip
 
 _CAPPED_BLOCK_M = 32
@@ -114,8 +117,8 @@ def plan(
         return Plan(block_d=block_d, keys=_launch(_ADDING[family], block_d, capped=capped), queries=None)
     return Plan(
         block_d=block_d,
-        keys=_launch(_WIDE if wide else _KEYS[family], block_d, capped=capped),
-        queries=_launch(_WIDE if wide else _QUERIES[family], block_d, capped=False),
+        keys=_launch(_WIDE_KEYS if wide else _KEYS[family], block_d, capped=capped),
+        queries=_launch(_WIDE_QUERIES if wide else _QUERIES[family], block_d, capped=False),
     )
 
 

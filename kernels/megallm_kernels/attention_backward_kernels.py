@@ -121,16 +121,19 @@ def _load_stats(stats, number, first, pitch, limit, other, ROWS: tl.constexpr, T
 @triton.jit
 def _queries_of_keys(
     dk, dv, keys, values, q, dout, stats, dq,
-    key, q_start, stats_start, num_queries, num_keys, kv_head, pitch, count_a, start_a, count_b, start_b,
+    key, q_start, stats_start, num_queries, kv_head, pitch, count_a, start_a, count_b, start_b,
     q_token, q_head, dout_token, dout_head, scale, softcap, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr, ADD_DQ: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """For each head of the group: count_a tiles of queries from start_a on, then count_b from start_b on."""
+    """For each head of the group: count_a tiles of queries from start_a on, then count_b from start_b on.
+
+    key: the number, within the sequence, of the first query that sees it (j - (Sk - Sq)).
+    """
     inner = tl.arange(0, BLOCK_M)
     precision: tl.constexpr = "tf32x3" if keys.dtype == tl.float32 else "tf32"
-    shift = num_keys - num_queries
+    last_key = num_queries if ADD_DQ else 2147483647  # a key past the end only harms dq: its dk and dv are not stored
     end = q_start + num_queries
     each = count_a + count_b
     # disable_licm: addresses computed ahead would take the registers that dk and dv need; without TMA it is worse
@@ -146,7 +149,7 @@ def _queries_of_keys(
             s = tanh(s * softcap)
         p = tl.exp2(s * scale - lse[None, :])
         if MASKED:
-            seen = visible((first + inner + shift)[None, :], key[:, None], num_keys, window, CAUSAL, WINDOWED)
+            seen = visible((first + inner)[None, :], key[:, None], last_key, window, CAUSAL, WINDOWED)
             p = tl.where(seen, p, 0.0)
         do = load_tile(dout, q_start + first, dout_token, head, dout_head, end, D, BLOCK_M, BLOCK_D, TMA, MASKED)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=precision)
@@ -222,7 +225,7 @@ def keys_kernel(
     high_full = tl.maximum(high_full, low_full)
     if ADD_DQ:  # a key past the end has to be masked: its ds would reach dq
         high_full = tl.where(first + BLOCK_N > num_keys, low_full, high_full)
-    key = first + tl.arange(0, BLOCK_N)
+    key = first - shift + tl.arange(0, BLOCK_N)
     scale = tl.cast(scale, tl.float32)
     softcap = tl.cast(softcap, tl.float32)
     end = k_start + num_keys
@@ -232,7 +235,7 @@ def keys_kernel(
     acc_v = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for part in tl.static_range(2):  # masked: diagonal, the window's edge, the last queries; then without masks
         acc_k, acc_v = _queries_of_keys(
-            acc_k, acc_v, keys, values, q, dout, stats, dq, key, q_start, stats_start, length, num_keys, head, pitch,
+            acc_k, acc_v, keys, values, q, dout, stats, dq, key, q_start, stats_start, length, head, pitch,
             (low_full - low) // BLOCK_M if part == 0 else (high_full - low_full) // BLOCK_M,
             low if part == 0 else low_full,
             (high - high_full) // BLOCK_M if part == 0 else 0, high_full,

@@ -20,7 +20,8 @@ def cases() -> list[CompileCase]:
     for deterministic in (True, False):
         out.append(_keys(90, 128, deterministic=deterministic, capped=True, windowed=True))
     out += [_keys(80, 128, deterministic=True, capped=True, windowed=True)]
-    out += [_keys(80, 128, deterministic=True, dtype="fp32"), _queries(80, 128, dtype="fp32")]
+    for head_dim in (64, 128):
+        out += [_keys(80, head_dim, deterministic=True, dtype="fp32"), _queries(80, head_dim, dtype="fp32")]
     return [*out, _prepare(), _convert()]
 
 
@@ -60,7 +61,8 @@ def _attention(
     constexprs = {"HEADS": 32, "GROUP": 4, "D": head_dim, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d, "CAUSAL": True}
     constexprs |= {"PACKED": True, "TMA": launch.tma, "WARP_SPECIALIZE": launch.warp_specialize}
     constexprs |= {"STAGES": launch.num_stages, **form}
-    words = [kernel.fn.__name__.removesuffix("_kernel"), dtype, f"sm_{arch}", str(head_dim), *(k for k in form if form[k])]
+    words = [kernel.fn.__name__.removesuffix("_kernel"), dtype, str(head_dim), f"sm_{arch}"]
+    words += [name for name in form if form[name]]
     return CompileCase(
         name=" ".join(words), kernel=kernel, signature=signature, constexprs=constexprs,
         unaligned=("num_queries", "num_keys", "num_sequences", "num_tiles", "section", "window", "pitch"),
