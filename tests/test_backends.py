@@ -7,9 +7,12 @@ import torch
 from training_cases import MODELS, Case, make_engine, own_batch
 
 from megallm.config.backends import BACKENDS, parse_backends
+from megallm.ops.activation import gated
+from megallm.ops.attention import rotary_attention
 from megallm.ops.backends import Backends, choose, refusal
 from megallm.ops.backends import Case as Situation
 from megallm.ops.moe import grouped_linear, grouped_linear_reference
+from megallm.ops.norm import add_norm
 from megallm.parallel.linear import ColumnLinear
 from megallm.parallel.logprobs import VocabLogits
 from megallm.parallel.mesh import Mesh
@@ -213,3 +216,26 @@ def test_grouped_linear_matches_its_reference(forced: dict[str, str]) -> None:
     grads = zip(torch.autograd.grad(y, own, dy), torch.autograd.grad(expected, wide, dy.double()), strict=True)
     for actual, wanted in grads:
         assert_close(actual, wanted, terms=6)
+
+
+# -- torch.compile -----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_layer_runs_between_its_products_compiles_without_graph_breaks() -> None:
+    backends = Backends({op: "triton" for op in ("rms_norm", "rope", "attention", "activation")})
+    generator = torch.Generator().manual_seed(4)
+    packed, weight = torch.randn(8, 6, 16, generator=generator), torch.randn(16, generator=generator)
+    rotary = (torch.randn(8, 8, generator=generator), torch.randn(8, 8, generator=generator))
+
+    def layer(packed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        out = rotary_attention(
+            packed * 1.0, rotary, num_heads=4, batch_size=2, in_place=True, backends=backends
+        ).view(8, 4, 16)
+        y, residual = add_norm(out, 2 * out, weight, None, 1e-5, backends=backends)
+        return gated(y.flatten(1), "silu", backends=backends).square().sum() + residual.sum()
+
+    inputs = (packed.requires_grad_(), weight.requires_grad_())
+    expected = torch.autograd.grad(layer(*inputs), inputs)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for actual, wanted in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
+        assert torch.equal(actual, wanted)

@@ -105,6 +105,9 @@ CASES = {
     "config_without_weights": (["--model", "no_weights"], 1, ["no_weights", "safetensors"]),
     "nothing_to_load": (["--load", "nowhere"], 1, ["nowhere"]),
     "unknown_flag": (["--learning-rat", "1"], 1, ["--learning-rate"]),
+    "unknown_operation": (["--backend", "atention=triton"], 1, ["atention", "did you mean attention"]),
+    "unknown_back_end": (["--backend", "attention=cuda"], 1, ["attention=cuda", "triton"]),
+    "back_end_that_cannot_run": (["--backend", "rms_norm=cuda"], 1, ["rms_norm=cuda", "needs a GPU", "rms_norm=torch"]),
     "zero_not_there_yet": (["--zero", "2"], 1, ["zero"]),
     "precision_not_there_yet": (["--precision", "fp8"], 1, ["fp8", "bf16"]),
 }  # fmt: skip
