@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench-cpu clean
+.PHONY: demo test check bench-cpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -26,6 +26,10 @@ check: $(VENV)/.installed-test
 
 bench-cpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/cpu.py
+
+# On a machine without a network there is no .venv: whatever python3 holds torch and triton runs it. ARGS="--check-only" etc.
+bench-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -123,7 +123,7 @@ def audit(results: Any) -> None:
 
     launches.import_kernels()
     arch, num_sms = results.device.get("arch", 0), results.device.get("num_sms", 2)
-    used = {launch for each in results.rows for launch in each.get("launches") or () if each.get("section") == "check"}
+    used = {launch for each in results.rows for launch in each.get("settings") or () if each.get("section") == "check"}
     missing = {name: sorted(wanted - used) for name, wanted in launches.expected(arch, num_sms).items()}
     for name, gaps in missing.items():
         for gap in gaps:
@@ -165,7 +165,7 @@ def report_end(results: Any, seconds: float) -> int:
     """Says what went wrong; the exit code."""
 
     def is_bad(each: dict[str, Any]) -> bool:
-        ours = str(each.get("contender", "")).startswith(("triton", "megallm", "first losses"))
+        ours = str(each.get("contender", "")).startswith(("triton", "cuda", "megallm", "first losses"))
         return (each["status"] in BAD or each["status"] == "error") and ours
 
     bad = [each for each in results.rows if is_bad(each)]
@@ -206,6 +206,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.sections = ["check"] if args.check_only else [s for s in SHARES if s in chosen and s not in left_out]
     if not args.sections:
         parser.error("no section is left: --skip names all that --sections chose")
+    if args.update_table and args.tiny and not args.table:
+        parser.error("--update-table with --tiny would put meaningless times into ops/measured.csv: give --table")
     args.seed = secrets.randbits(31) if args.seed is None else args.seed
     print(f"seed {args.seed}", flush=True)
     return args

@@ -57,7 +57,8 @@ def gpu_part(gpu: str, rows: Sequence[TextRow], pictures: Sequence[str]) -> list
     )]  # fmt: skip
     ceilings = [r for r in rows if r["section"] == "ceilings"]
     if ceilings:
-        parts += ["### Ceilings", _table(("what", "size", "reached"), [(r["op"], r["case"], _rate(r)) for r in ceilings])]
+        reached = [(r["op"], r["case"], _rate(r)) for r in ceilings]
+        parts += ["### Ceilings", _table(("what", "size", "reached"), reached)]
     timed = [r for r in rows if r["section"] not in ("ceilings", "check") and r["op"] not in ("train_step", "")]
     for op in dict.fromkeys(r["op"] for r in timed):
         parts += [f"### {op}", _op_table([r for r in timed if r["op"] == op])]
@@ -123,7 +124,9 @@ def _cell(each: TextRow) -> str:
 
 
 def _rate(each: TextRow) -> str:
-    return f"{float(each['gb_per_s']):.0f} GB/s" if each["gb_per_s"] else f"{float(each['tflop_per_s'] or 0):.0f} TFLOP/s"
+    if each["gb_per_s"]:
+        return f"{float(each['gb_per_s']):.0f} GB/s"
+    return f"{float(each['tflop_per_s'] or 0):.0f} TFLOP/s"
 
 
 def _percent(share: str) -> str:
@@ -151,7 +154,8 @@ def draw(rows: Sequence[TextRow], folder: Path, gpu: str) -> list[Path]:
     if bars:
         paths.append(folder / f"{name}-bandwidth.png")
         _bars(Figure(figsize=(9, 1 + 0.22 * len(bars))), bars, gpu, paths[-1])
-    curves = [r for r in shares if r["op"] == "attention" and r["case"].startswith("D 128 S ") and "window" not in r["case"]]
+    plain = [r for r in shares if r["op"] == "attention" and "window" not in r["case"]]
+    curves = [r for r in plain if r["case"].startswith("D 128 S ")]
     if curves:
         paths.append(folder / f"{name}-attention.png")
         _curves(Figure(figsize=(9, 4)), curves, gpu, paths[-1])
@@ -182,7 +186,8 @@ def _curves(figure, rows: Sequence[TextRow], gpu: str, path: Path) -> None:  # t
         axes.set_title(f"attention {direction}, D 128, causal")
         axes.set_xlabel("sequence length")
         axes.set_ylabel(f"TFLOP/s on {gpu}")
-        axes.legend(fontsize=7)
+        if axes.lines:
+            axes.legend(fontsize=7)
     _save(figure, path)
 
 

@@ -266,6 +266,8 @@ def sample_rows() -> list[dict[str, Any]]:
     update = {"section": "adamw", "op": "adamw", "case": "fp32", "contender": "triton", "direction": "step", "size": 0}
     rows += [row(**update, graph_us=6900.0, of_ceiling=0.94, launches=1)]
     rows += [row(section="check", op="rope", case="x", contender="triton", status="failed", note="bad | pipe")]
+    good = {"section": "check", "case": "H 4096", "contender": "triton", "settings": ["a"]}
+    rows += [row(**good, op=op) for op in ("attention", "adamw")]
     return rows
 
 

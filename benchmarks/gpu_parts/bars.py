@@ -30,8 +30,8 @@ class Verdict:
 
 
 def judge(rows: Sequence[Row]) -> list[Verdict]:
-    """Every demand; rows with status ok count."""
-    good = [each for each in rows if each.get("status") == "ok"]
+    """Every demand; timed rows with status ok count."""
+    good = [each for each in rows if each.get("status") == "ok" and each.get("section") != "check"]
     return [*_shares(good), *_adamw(good), *_head(good), *_attention(good), *_peers(good), *_training(good)]
 
 
@@ -124,8 +124,12 @@ def _attention(rows: Sequence[Row]) -> Iterator[Verdict]:
 
 def _peers(rows: Sequence[Row]) -> Iterator[Verdict]:
     ops = {"rms_norm", "layer_norm", "rope", "activation", "cross_entropy", "linear_cross_entropy"}
+
+    def is_whole(each: Row) -> bool:
+        return each.get("direction") == "both"
+
     for peer in (COMPILED, LIGER):
-        yield _never_slower(rows, f"nothing slower than {peer}", ops, (peer,), lambda each: each["direction"] == "both")
+        yield _never_slower(rows, f"nothing slower than {peer}", ops, (peer,), is_whole)
 
 
 def _never_slower(
@@ -137,13 +141,13 @@ def _never_slower(
     for each in rows:
         if each.get("op") not in ops or each.get("contender") != OURS or not counts(each):
             continue
-        same = {"section": each["section"], "op": each["op"], "case": each["case"], "direction": each["direction"]}
+        same = {name: each.get(name, "") for name in ("section", "op", "case", "direction")}
         for peer in peers:
             for other in _find(rows, contender=peer, **same):
                 ratio = (time_us(each) or 0.0) / (time_us(other) or 1.0)
                 compared, slower = compared + 1, slower + int(ratio > 1.02)
                 if worst is None or ratio > worst[0]:
-                    worst = (ratio, f"{each['op']} {each['case']} {each['direction']}")
+                    worst = (ratio, " ".join(str(same[name]) for name in ("op", "case", "direction")))
     if worst is None:
         return Verdict(what=what, demanded="<= 1.02 x in every shape", measured="", is_met=None)
     measured = f"{slower} of {compared} slower; worst {worst[0]:.2f} x ({worst[1]})"

@@ -32,6 +32,7 @@ class Direction:
     """Run before, on the same stream; not timed."""
     teardown: Callable[[], None] | None = None
     graph: bool = True
+    note: str = ""
 
 
 Directions = Mapping[str, Direction]
@@ -83,6 +84,8 @@ class Case:
     """Outputs that the caller asked for (gradients), which are no extra memory."""
     launches: bool = False
     """Count kernel launches of `step`."""
+    mutates: bool = False
+    """Some contender overwrites its inputs: each gets fresh ones."""
 
     @property
     def key(self) -> str:

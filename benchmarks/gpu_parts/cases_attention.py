@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -106,13 +106,12 @@ def _contenders(shape: Shape, is_plain: bool) -> tuple[Contender, ...]:
     if not is_plain:
         return ours, flex, flash4
     fused = [
-        Contender(name=name, build=partial(_batched_build, shape, partial(_sdpa, shape, backend), True),
-                  why_absent=needs_cuda)
+        Contender(name=name, build=partial(_sdpa_build, shape, backend), why_absent=needs_cuda)
         for name, backend in (
             ("SDPA flash", SDPBackend.FLASH_ATTENTION), ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION)
         )
     ]  # fmt: skip
-    plain = Contender(name="torch", build=partial(_batched_build, shape, partial(_sdpa, shape, None), True))
+    plain = Contender(name="torch", build=partial(_sdpa_build, shape, None))
     result: tuple[Contender, ...] = (ours, *fused, plain, flash4)
     # compiling FlexAttention takes seconds a shape: at two of them it stands for the others
     return (*result, flex) if shape.dim == 128 and shape.seq in (2048, 8192) else result
@@ -126,10 +125,8 @@ def _buffers(place: Place, generator: torch.Generator, count: int, *, shape: Sha
         packed = place.normal(shape.tokens, sum(widths), shape.dim, generator=generator)
         inputs = tuple(part.detach().requires_grad_() for part in packed.split(widths, dim=1))
         grad = place.normal(shape.tokens, shape.heads, shape.dim, generator=generator)
-        constants = {"cu_seqlens": None}
-        if shape.offsets:
-            constants["cu_seqlens"] = torch.tensor(shape.offsets, dtype=torch.int32, device=place.device)  # type: ignore[dict-item]
-        result.append(Buffers(inputs=inputs, grads=(grad,), constants=constants))
+        offsets = torch.tensor(shape.offsets, dtype=torch.int32, device=place.device) if shape.offsets else None
+        result.append(Buffers(inputs=inputs, grads=(grad,), constants={"cu_seqlens": offsets}))
     return result
 
 
@@ -151,6 +148,23 @@ def _batched_build(
         for each in sets
     ]
     return autograd_directions(function, own)
+
+
+def _sdpa_build(shape: Shape, backend: Any, sets: Sequence[Buffers]) -> Directions:
+    """With as many key heads as the model has; where the back end refuses that, with keys and values repeated."""
+    function = partial(_sdpa, shape, backend)
+    directions = _batched_build(shape, function, True, sets)
+    try:
+        directions["both"].call(0)
+        return directions
+    except RuntimeError:
+        group, repeated = shape.heads // shape.kv_heads, []
+        for each in sets:
+            q, *rest = (x.detach() for x in each.inputs)
+            repeated.append(replace(each, inputs=(q, *(x.repeat_interleave(group, dim=1) for x in rest))))
+    directions = _batched_build(shape, function, True, repeated)
+    note = "keys and values repeated for each query head"
+    return {name: replace(each, note=note) for name, each in directions.items()}
 
 
 def _ours(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens: torch.Tensor | None) -> Any:

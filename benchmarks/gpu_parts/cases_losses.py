@@ -49,7 +49,7 @@ def cross_entropy_cases(place: Place) -> list[Case]:
             Case(
                 section="cross_entropy", op="cross_entropy", name=f"V {vocab}", size=vocab,
                 make=partial(_logits, tokens=tokens, vocab=vocab), contenders=contenders, set_bytes=moved,
-                bytes_moved={"fwd": moved, "bwd": 2 * moved, "both": 3 * moved},
+                bytes_moved={"fwd": moved, "bwd": 2 * moved, "both": 3 * moved}, mutates=True,
             )
         )  # fmt: skip
     return cases
@@ -117,8 +117,8 @@ def linear_cases(place: Place) -> list[Case]:
     flops = 2.0 * tokens * hidden * vocab
     contenders = (
         Contender(name=GEMMS, build=_gemms),
-        Contender(name=MAIN_GRAD, build=_ours_main_grad),
         _head(OURS, _ours_linear),
+        Contender(name=MAIN_GRAD, build=_ours_main_grad),
         _head("liger", _liger_linear, why_absent=needs("liger_kernel.ops")),
         _head("cut-cross-entropy", _cce, why_absent=needs("cut_cross_entropy"), note="filter_eps=None: exact"),
         _head("quack", _quack_linear, why_absent=needs("quack.linear_cross_entropy")),

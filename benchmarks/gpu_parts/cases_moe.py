@@ -27,9 +27,11 @@ def moe_cases(place: Place) -> list[Case]:
             differentiable("torch", _torch_grouped, why_absent=needs("torch"), note="torch's grouped_mm"),
             differentiable("torch loop", _loop, note="a product an expert; reads the counts on the host", graph=False),
         )
+        is_first = experts == shapes[0][0]
         cases.append(
             Case(
-                section="moe", op="grouped_gemm", name=f"E {experts} k {k} H {hidden} F {features}", size=experts,
+                section="moe", op="grouped_gemm", name=f"E {experts} k {k} H {hidden} F {features}",
+                size=0 if is_first else -1,
                 make=partial(_grouped, rows=tokens * k, experts=experts, hidden=hidden, features=features),
                 contenders=contenders, set_bytes=rows * (hidden + features) * size,
                 flops={"fwd": flops, "bwd": 2 * flops, "both": 3 * flops},

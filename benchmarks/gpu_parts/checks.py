@@ -26,6 +26,8 @@ class CheckUnit:
     name: str
     """Unique within the op."""
     run: Check
+    backend: str = "triton"
+    """`cuda`: the compiled part."""
 
     @property
     def key(self) -> str:

@@ -38,10 +38,62 @@ def units(place: Place) -> list[CheckUnit]:
         for features in (96, 300, 1000, 2048) if place.tiny else (96, 300, 512, 1024, 1000, 14336):
             run = partial(_activation, features=features, kind=kind)
             result.append(CheckUnit(op="activation", name=f"{kind} F {features}", run=run))
+    result += _compiled_units(place)
     if not place.tiny:
         result.append(CheckUnit(op="rms_norm", name="over 2^31 elements", run=_far_norm))
         result.append(CheckUnit(op="activation", name="over 2^31 elements", run=_far_activation))
     return result
+
+
+def _compiled_units(place: Place) -> list[CheckUnit]:
+    """The CUDA kernels of csrc/, where they were built; AdamW's is compared with ours in Triton."""
+    from gpu_parts.calls import backend_absent
+
+    units = []
+    for op, run in (("rms_norm", _compiled_norm), ("rope", _compiled_rope), ("adamw", _compiled_adamw)):
+        if backend_absent(op, "cuda", place, 4096)() is None:
+            units.append(CheckUnit(op=op, name="csrc", run=run, backend="cuda"))
+    return units
+
+
+def _compiled_norm(place: Place, generator: torch.Generator) -> list[Finding]:
+    from megallm_kernels.compiled import add_rms_norm, rms_norm
+
+    findings = []
+    for hidden in (2048, 4096, 5120, 8192, 16384):
+        x, residual, dy = (place.normal(515, hidden, generator=generator) for _ in range(3))
+        weight = place.normal(hidden, generator=generator)
+        for added in (False, True):
+            leaves = references.wide(x + residual if added else x, weight)
+            y = references.norm(leaves[0], leaves[1], None, EPS)
+            expected = torch.autograd.grad(y, leaves, dy.double())
+            own = [t.detach().clone().requires_grad_() for t in (x, weight)]
+            with poisoned():
+                out = add_rms_norm(own[0], residual, own[1], EPS)[0] if added else rms_norm(own[0], own[1], EPS)[0]
+                grads = torch.autograd.grad(out, own, dy)
+            for name, result, reference in zip(("y", "dx", "dweight"), (out, *grads), (y, *expected), strict=True):
+                findings.append(compare(f"{name} H {hidden} {'add' if added else ''}", result, reference, terms=hidden))
+    return findings
+
+
+def _compiled_rope(place: Place, generator: torch.Generator) -> list[Finding]:
+    from megallm_kernels.compiled import rope
+
+    findings = []
+    for dim in (64, 128, 256):
+        x = place.normal(515, 42, dim, generator=generator)[:, :40]
+        cos, sin = references.rope_tables(515, dim // 2, place.device)
+        with poisoned():
+            out = rope(x, cos, sin)
+        findings.append(compare(f"D {dim}", out, references.rope(x.double(), cos.double(), sin.double())))
+    return findings
+
+
+def _compiled_adamw(place: Place, generator: torch.Generator) -> list[Finding]:
+    from gpu_parts.checks_update import check_adamw
+    from megallm_kernels.compiled import adamw_
+
+    return check_adamw(place, generator, total=3_000_000, grad=torch.float32, copies=True, update=adamw_)
 
 
 def _norm(

@@ -23,18 +23,19 @@ def units(place: Place) -> list[CheckUnit]:
         for grad, copies in ((torch.float32, False), (torch.bfloat16, True)):
             if place.tiny and copies:
                 continue  # bf16 is not the interpreter's strength
-            run = partial(_adamw, total=total, grad=grad, copies=copies)
+            run = partial(check_adamw, total=total, grad=grad, copies=copies)
             name = f"{total} elements, {str(grad).removeprefix('torch.')} gradients{', copies' if copies else ''}"
             result.append(CheckUnit(op="adamw", name=name, run=run))
     return result
 
 
-def _adamw(
-    place: Place, generator: torch.Generator, *, total: int, grad: torch.dtype, copies: bool
+def check_adamw(
+    place: Place, generator: torch.Generator, *, total: int, grad: torch.dtype, copies: bool, update: Any = None
 ) -> list[Finding]:
     """Three updates, one of them skipped, against fp64. Slices of flat buffers: each starts at another alignment."""
     from megallm_kernels.adamw import adamw_
 
+    step_of = adamw_ if update is None else update
     sizes = [total // 2 + 3, total // 3 + 1, 1, total // 7, 5]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     draw = partial(place.normal, sum(sizes), generator=generator, dtype=torch.float32)
@@ -56,7 +57,7 @@ def _adamw(
         scalars["is_bad"].fill_(bad)
         before = flat[0].clone()
         with poisoned():
-            plan = adamw_(
+            plan = step_of(
                 plan, *([*cut(b)] for b in (flat[0], gradient, flat[1], flat[2])),
                 [] if copy is None else cut(copy), decayed=decayed, **scalars, **SETTINGS,
             )  # fmt: skip

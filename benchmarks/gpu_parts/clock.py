@@ -200,7 +200,8 @@ def count_launches(call: Callable[[], object]) -> int:
         call()
         torch.cuda.synchronize()
     on_gpu = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(1 for event in on_gpu if not getattr(event, "is_user_annotation", False) and "#" not in event.name)
+    ranges = [e for e in on_gpu if getattr(e, "is_user_annotation", False) or e.name.startswith("Optimizer.")]
+    return len(on_gpu) - len(ranges)
 
 
 def _first_line(error: BaseException) -> str:

@@ -39,14 +39,16 @@ def measure_contender(
         with clock.stream(), recorded() as used:
             directions = contender.build(sets)
             for name, direction in directions.items():
+                used.add(f"{contender.name}: {case.op}")
                 timing = _timed(direction, clock, len(sets), used, condemned if _is_ours(contender) else {})
                 if isinstance(timing, str):
                     rows.append(row(**common, direction=name, status="failed", note=timing))
                     continue
                 numbers = _numbers(case, name, timing, ceilings)
-                rows.append(row(**common, direction=name, **numbers, note=_note(contender, timing)))
+                notes = filter(None, (contender.note, direction.note, timing.note))
+                rows.append(row(**common, direction=name, **numbers, note="; ".join(notes)))
             if case.launches and place.is_cuda:
-                rows[-1]["launches"] = count_launches(lambda: directions["step"].call(0))
+                rows[-1] |= _launches(directions["step"])
     except Exception as error:  # a peer's failure is a row; ours is one that makes the run fail
         text = str(error).strip().splitlines()
         note = f"{type(error).__name__}: {text[0][:300] if text else ''}"
@@ -58,7 +60,14 @@ def measure_contender(
 
 
 def _is_ours(contender: Contender) -> bool:
-    return contender.name.startswith(OURS)
+    return contender.name.startswith(OURS) or contender.name == "cuda"
+
+
+def _launches(direction: Direction) -> dict[str, Any]:
+    try:
+        return {"launches": count_launches(lambda: direction.call(0))}
+    except Exception as error:  # the profiler's trouble, not the kernel's
+        return {"note": f"launches not counted: {type(error).__name__}: {error}"}
 
 
 def _timed(
@@ -97,10 +106,6 @@ def _numbers(case: Case, direction: str, timing: Timing, ceilings: Mapping[str, 
         if ceilings.get("tflop_per_s"):
             numbers["of_ceiling"] = numbers["tflop_per_s"] / ceilings["tflop_per_s"]
     return numbers
-
-
-def _note(contender: Contender, timing: Timing) -> str:
-    return "; ".join(part for part in (contender.note, timing.note) if part)
 
 
 def check_device(place: Place) -> None:

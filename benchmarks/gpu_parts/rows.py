@@ -23,10 +23,12 @@ FIELDS = (
     *FACTS,
     "section", "op", "case", "dtype", "size", "contender", "direction", "status",
     "eager_us", "eager_us_p20", "eager_us_p80", "graph_us", "graph_us_p20", "graph_us_p80", "host_us", "peak_mib",
-    "gb_per_s", "tflop_per_s", "of_ceiling", "error", "bound", "launches", "tokens_per_s", "mfu", "loss", "note",
+    "gb_per_s", "tflop_per_s", "of_ceiling", "error", "bound", "settings", "launches", "tokens_per_s", "mfu", "loss",
+    "note",
 )  # fmt: skip
 """Columns of gpu.csv. status: ok, failed (a wrong result), error (an exception), absent, skipped, crashed, hung.
 
+settings: the launch settings that a check ran with; launches: kernels of one optimizer step.
 of_ceiling: of the copy bandwidth for rows with gb_per_s, of the 8192^3 matrix product for rows with tflop_per_s.
 """
 BAD = frozenset({"failed", "crashed", "hung"})

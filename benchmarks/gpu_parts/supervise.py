@@ -60,7 +60,7 @@ class Results:
     def condemned(self) -> dict[str, str]:
         """{launch settings: the check that failed with them}."""
         bad = [e for e in self.rows if e.get("section") == "check" and e["status"] in ("failed", "error")]
-        return {launch: f"check {each['op']} {each['case']}" for each in bad for launch in each.get("launches", ())}
+        return {launch: f"check {each['op']} {each['case']}" for each in bad for launch in each.get("settings", ())}
 
 
 def worker_environment() -> dict[str, str]:
@@ -73,7 +73,7 @@ def run_sections(
     plan: dict[str, Any], results: Results, folder: Path, *, num_workers: int, unit_limit_s: float,
     program: Sequence[str] = ("-m", "gpu_parts.worker"),
 ) -> None:  # fmt: skip
-    """Workers over plan["sections"]; `num_workers` share the units out. `program`: what Python is to run as a worker."""
+    """Workers over plan["sections"]; `num_workers` share the units out. `program`: what Python runs as a worker."""
     plan = plan | {"ceilings": results.ceilings, "condemned": results.condemned}
     stem = "-".join(plan["sections"])[:40]
     limit = max(plan["deadlines"][section] for section in plan["sections"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts.bars import time_us
-from gpu_parts.rows import ROOT, Row
+from gpu_parts.rows import ROOT, Row, read_csv
 
 TABLE = ROOT / "megallm" / "ops" / "measured.csv"
 COLUMNS = ("gpu", "op", "dtype", "size", "backend", "microseconds", "torch", "triton", "commit")
@@ -42,8 +42,7 @@ def table_rows(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[dict[str, 
 def update_table(path: Path, fresh: Sequence[Mapping[str, str]]) -> int:
     """Replaces the rows of the same gpu, op, dtype, size and back end, keeps the others; how many are new."""
     key = COLUMNS[:5]
-    with path.open(encoding="utf-8", newline="") as file:
-        kept = {tuple(each[name] for name in key): each for each in csv.DictReader(file)}
+    kept = {tuple(each[name] for name in key): each for each in read_csv(path)}
     kept |= {tuple(each[name] for name in key): dict(each) for each in fresh}
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")

@@ -104,6 +104,7 @@ def make_hf(kind: str, shape: dict[str, Any], place: Place, micro_batch: int) ->
     update = MasterAdamW(list(model.parameters()))
     head = head_loss
     if kind == "compile":
+        torch._dynamo.config.recompile_limit = 64  # more than layers, should each be taken for another function
         for layer in model.model.layers:
             layer.compile(dynamic=False)
         head = torch.compile(head_loss, dynamic=False)

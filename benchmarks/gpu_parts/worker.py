@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
 import time
 import traceback
@@ -82,7 +83,8 @@ class Worker:
         done = set(self._plan["done"])
         self._lines.add({"device": {"arch": self._place.arch, "num_sms": self._place.num_sms}})
         for name, why in launches.import_kernels().items():
-            self._add(row(section="check", op=name, case="import", status="error", contender=OURS, note=why))
+            if shard[0] == 0:
+                self._add(row(section="check", op=name, case="import", status="error", contender=OURS, note=why))
         late: set[str] = set()
         for index, unit in enumerate(self._units()):
             if index % shard[1] != shard[0] or unit.key in done:
@@ -132,24 +134,26 @@ class Worker:
         """One row: the finding nearest to its bound, or the first bad ones in the note."""
         place = self._place
         common = {"section": "check", "op": unit.op, "case": unit.name, "contender": OURS, "dtype": place.dtype_name}
+        common |= {"contender": unit.backend}
         with launches.recorded() as used:
+            used |= {f"{unit.backend}: {unit.op}"} if unit.backend != OURS else set()
             try:
                 findings = unit.run(place, place.generator(unit.key))
                 place.synchronize()
             except Exception as error:
                 note = traceback.format_exception_only(error)[-1].strip()[:400]
-                return [row(**common, status="error", note=note, launches=sorted(used))]
+                return [row(**common, status="error", note=note, settings=sorted(used))]
         bad = [each for each in findings if not each.is_good]
         worst = max(bad or findings, key=lambda each: each.error / each.bound if each.bound else each.error)
         note = "; ".join(f"{each.what} {each.error:.2e} > {each.bound:.2e}" for each in bad[:4])
         note = note or f"worst: {worst.what}"
         status = "failed" if bad else "ok"
-        error = worst.error if worst.error == worst.error and worst.error != float("inf") else 1e30
-        return [row(**common, status=status, error=error, bound=worst.bound, note=note, launches=sorted(used))]
+        largest = worst.error if math.isfinite(worst.error) else 1e30
+        return [row(**common, status=status, error=largest, bound=worst.bound, note=note, settings=sorted(used))]
 
     def _contender(self, case: Case, index: int) -> list[Row]:
         """Buffers are kept while the case stays the same."""
-        if self._case_key != case.key:
+        if self._case_key != case.key or case.mutates:
             self._release()
             try:
                 self._sets = case.make(self._place, self._place.generator(case.key), case.num_sets(self._place))
