@@ -82,6 +82,14 @@ def test_a_choice_is_announced_once() -> None:
     assert said == ["rope: triton (asked for)", "attention: torch (on cpu)", "attention: torch (with dropout)"]
 
 
+def test_on_a_cpu_one_line_stands_for_all_operations() -> None:
+    said: list[str] = []
+    backends = Backends(announce=said.append)
+    for op in ("rope", "attention"):
+        backends.pick(op, torch.zeros(2), 64)
+    assert said == ["every operation: torch (on cpu)"]
+
+
 def test_an_engine_refuses_a_forced_back_end_before_it_is_built() -> None:
     with pytest.raises(ValueError, match="attention=triton cannot run: it has no fp64 form"):
         make_engine(Case(model=next(iter(MODELS))), precision="fp64", backends=Backends({"attention": "triton"}))

@@ -58,7 +58,7 @@ class Backends:
         self.forced = parse_backends(f"{op}={name}" for op, name in (forced or {}).items())
         self._announce = announce if announce is not None else logging.getLogger("megallm.ops").info
         self._chosen: dict[tuple[str, torch.device, torch.dtype, int], str] = {}
-        self._fallbacks: set[tuple[str, str]] = set()
+        self._said: set[str] = set()
 
     def pick(self, op: str, tensor: torch.Tensor, size: int) -> str:
         """The name of the back end for `op` on tensors like this one. ValueError if a forced one cannot run."""
@@ -68,15 +68,19 @@ class Backends:
             case = Case(op=op, device=tensor.device, dtype=tensor.dtype, size=size)
             choice = choose(case, self.forced.get(op))
             name = self._chosen[key] = choice.name
-            self._announce(f"{op}: {choice.name} ({choice.reason})")
+            is_plain = case.device.type != "cuda" and not self.forced
+            self._say(f"{'every operation' if is_plain else op}: {choice.name} ({choice.reason})")
         return name
 
     def fall_back(self, op: str, reason: str) -> str:
         """`torch`, for a call of `op` that the others have no form for; announced once for each reason."""
-        if (op, reason) not in self._fallbacks:
-            self._fallbacks.add((op, reason))
-            self._announce(f"{op}: torch ({reason})")
+        self._say(f"{op}: torch ({reason})")
         return "torch"
+
+    def _say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._announce(line)
 
 
 DEFAULT = Backends()
