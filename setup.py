@@ -122,7 +122,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "ruff", "mypy", "transformers", "types-PyYAML", "psutil"],
+        "test": ["pybind11>=2.12", "pytest", "ruff", "mypy", "transformers", "types-PyYAML", "psutil"],
     },
     entry_points={"console_scripts": ["megallm = megallm.cli.main:main"]},
 )

@@ -23,12 +23,13 @@ import torch
 import triton
 import triton.language as tl
 
+from megallm_kernels.device import on_device_of
 from megallm_kernels.rows import next_power_of_2
 
 KINDS = ("silu", "gelu", "gelu_tanh")
 
 _SETTINGS = ((512, 1), (1024, 2), (1 << 30, 4))
-"""(largest block, warps): eight bf16 numbers, one 16-byte access, for each thread and operand at block 1024."""
+"""(largest block, warps): eight or sixteen numbers a thread and operand, one or two 16-byte accesses in bf16."""
 _MAX_BLOCK = 1024
 
 
@@ -54,8 +55,8 @@ def _act(g, KIND: tl.constexpr):
         return g * half, half + g * 2.0 * half * (1.0 - half) * slope
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def forward_kernel(x, y, num_rows, features, x_row, BLOCK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr):
+@triton.jit
+def forward_kernel(x, y, features, x_row, BLOCK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr):
     """One piece of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -67,21 +68,24 @@ def forward_kernel(x, y, num_rows, features, x_row, BLOCK: tl.constexpr, KIND: t
     tl.store(y + row * features + column, result.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def backward_kernel(
-    dy, x, dx, num_rows, features, dy_row, x_row, BLOCK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr
+    dy, x, dx, features, dy_row, x_row, BLOCK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr
 ):
     """One piece of one row; dx is packed as x is, and contiguous."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < features
     x += row * x_row
-    d = tl.load(dy + row * dy_row + column, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _act(tl.load(x + column, mask=inside, other=0.0).to(tl.float32), KIND)
+    d = tl.load(dy + row * dy_row + column, mask=inside, other=0.0)
+    gate = tl.load(x + column, mask=inside, other=0.0)
+    up = tl.load(x + features + column, mask=inside, other=0.0) if GATED else gate  # all loads before any arithmetic
+    d = d.to(tl.float32)
+    value, slope = _act(gate.to(tl.float32), KIND)
     if GATED:
         dx += row * 2 * features
         tl.store(dx + features + column, (d * value).to(dx.dtype.element_ty), mask=inside)
-        d *= tl.load(x + features + column, mask=inside, other=0.0).to(tl.float32)
+        d *= up.to(tl.float32)
     else:
         dx += row * features
     tl.store(dx + column, (d * slope).to(dx.dtype.element_ty), mask=inside)
@@ -109,9 +113,10 @@ def activation(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
     if y.numel():
         rows = _as_matrix(x)
         block, num_warps = plan(features)
-        forward_kernel[(rows.size(0), triton.cdiv(features, block))](
-            rows, y, rows.size(0), features, rows.stride(0), BLOCK=block, KIND=kind, GATED=gated, num_warps=num_warps
-        )
+        with on_device_of(x):
+            forward_kernel[(rows.size(0), triton.cdiv(features, block))](
+                rows, y, features, rows.stride(0), BLOCK=block, KIND=kind, GATED=gated, num_warps=num_warps
+            )
     return y
 
 
@@ -123,10 +128,11 @@ def activation_backward(dy: torch.Tensor, x: torch.Tensor, kind: str, gated: boo
     if dx.numel():
         rows, drows = _as_matrix(x), _as_matrix(dy)
         block, num_warps = plan(features)
-        backward_kernel[(rows.size(0), triton.cdiv(features, block))](
-            drows, rows, dx, rows.size(0), features, drows.stride(0), rows.stride(0),
-            BLOCK=block, KIND=kind, GATED=gated, num_warps=num_warps,
-        )  # fmt: skip
+        with on_device_of(x):
+            backward_kernel[(rows.size(0), triton.cdiv(features, block))](
+                drows, rows, dx, features, drows.stride(0), rows.stride(0),
+                BLOCK=block, KIND=kind, GATED=gated, num_warps=num_warps,
+            )  # fmt: skip
     return dx
 
 

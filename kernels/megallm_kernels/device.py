@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,6 +26,13 @@ INTERPRETER = Target(arch=0, num_sms=2)
 def target_of(tensor: torch.Tensor) -> Target:
     """The target on which kernels over `tensor` run."""
     return _cuda_target(tensor.device.index or 0) if tensor.is_cuda else INTERPRETER
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """While it is entered, kernels are launched on the tensor's GPU, whichever is current (Triton takes that one)."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
 
 
 @cache

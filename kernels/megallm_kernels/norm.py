@@ -12,7 +12,8 @@ Tiling: a program holds ROWS whole rows in registers, [ROWS, BLOCK], BLOCK the p
 persistent: a fixed number of programs walk over the rows, each keeps its sums of dw and db and writes one row of a
 [programs, H] buffer, which is then summed: no atomics, so the result does not depend on timing.
 Every accumulator and statistic is fp32; a result is rounded once, when it is stored.
-int64: row numbers are widened before they meet a stride; offsets inside a row stay int32 (H < 2^31).
+int64: row numbers (below 2^31) are divided as int32 and widened before they meet a stride; offsets inside a row stay
+int32.
 
 Letters: R rows = R0 * R1 (see rows.py), H hidden.
 """
@@ -26,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megallm_kernels.device import target_of
+from megallm_kernels.device import on_device_of, target_of
 from megallm_kernels.rows import as_rows, next_power_of_2
 
 MAX_HIDDEN = 16384
@@ -69,20 +70,26 @@ def plan(hidden_size: int, *, backward: bool) -> Launch:
 
 
 @triton.jit
+def _at(row, column, inner_rows, outer, inner):
+    """Offsets [ROWS, BLOCK] of rows that lie `outer` and `inner` apart; rows.py."""
+    return ((row // inner_rows).to(tl.int64) * outer + (row % inner_rows).to(tl.int64) * inner)[:, None] + column
+
+
+@triton.jit
 def forward_kernel(
     x, residual, weight, bias, y, new_residual, mean, rstd,
     num_rows, hidden, x_inner_rows, x_outer, x_inner, res_inner_rows, res_outer, res_inner, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTERED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows. CENTERED: LayerNorm. ADD: x + residual first."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < num_rows)[:, None] & (column < hidden)[None, :]
-    at = (row // x_inner_rows * x_outer + row % x_inner_rows * x_inner)[:, None] + column
-    s = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    out = row[:, None] * hidden + column
+    s = tl.load(x + _at(row, column, x_inner_rows, x_outer, x_inner), mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=column < hidden, other=0.0)
+    out = row.to(tl.int64)[:, None] * hidden + column
     if ADD:
-        at = (row // res_inner_rows * res_outer + row % res_inner_rows * res_inner)[:, None] + column
+        at = _at(row, column, res_inner_rows, res_outer, res_inner)
         s += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
         rounded = s.to(new_residual.dtype.element_ty)
         tl.store(new_residual + out, rounded, mask=inside)
@@ -93,8 +100,7 @@ def forward_kernel(
         s = tl.where(inside, s - m[:, None], 0.0)
     r = 1.0 / tl.sqrt(tl.sum(s * s, axis=1) / hidden + tl.cast(eps, tl.float32))
     tl.store(rstd + row, r, mask=row < num_rows)
-    w = tl.load(weight + column, mask=column < hidden, other=0.0).to(tl.float32)
-    result = s * r[:, None] * w[None, :]
+    result = s * r[:, None] * w.to(tl.float32)[None, :]
     if CENTERED:
         result += tl.load(bias + column, mask=column < hidden, other=0.0).to(tl.float32)[None, :]
     tl.store(y + out, result.to(y.dtype.element_ty), mask=inside)
@@ -117,13 +123,11 @@ def backward_kernel(
     for tile in tl.range(
         tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES, disable_licm=True
     ):
-        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = tile * ROWS + tl.arange(0, ROWS)
         in_rows = row < num_rows
         inside = in_rows[:, None] & in_row[None, :]
-        at = (row // x_inner_rows * x_outer + row % x_inner_rows * x_inner)[:, None] + column
-        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        at = (row // dy_inner_rows * dy_outer + row % dy_inner_rows * dy_inner)[:, None] + column
-        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(x + _at(row, column, x_inner_rows, x_outer, x_inner), mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dy + _at(row, column, dy_inner_rows, dy_outer, dy_inner), mask=inside, other=0.0).to(tl.float32)
         r = tl.load(rstd + row, mask=in_rows, other=0.0)
         if CENTERED:
             u = tl.where(inside, u - tl.load(mean + row, mask=in_rows, other=0.0)[:, None], 0.0)
@@ -140,9 +144,9 @@ def backward_kernel(
             ds -= (tl.sum(g, axis=1) / hidden)[:, None]
         ds *= r[:, None]
         if ADD:  # loaded last: a row of it held from the start would spill
-            at = (row // dres_inner_rows * dres_outer + row % dres_inner_rows * dres_inner)[:, None] + column
+            at = _at(row, column, dres_inner_rows, dres_outer, dres_inner)
             ds += tl.load(dnew_residual + at, mask=inside, other=0.0).to(tl.float32)
-        at = (row * hidden)[:, None] + column
+        at = (row.to(tl.int64) * hidden)[:, None] + column
         tl.store(dx + at, ds.to(dx.dtype.element_ty), mask=inside)
     if NEEDS_DWEIGHT:
         at = tl.program_id(0) * hidden + column
@@ -174,11 +178,23 @@ def _strides(rows: torch.Tensor) -> tuple[int, int, int]:
     return rows.size(1), rows.stride(0), rows.stride(1)
 
 
+def _check(x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """ValueError unless weight and bias are [H], the others shaped as x, all on x's device, rows below 2^31."""
+    if x.dim() == 0 or x.numel() // max(x.size(-1), 1) >= 2**31:
+        raise ValueError(f"x {tuple(x.shape)} is not [..., H] with fewer than 2^31 rows")
+    for name, other in others.items():
+        wanted = x.shape[-1:] if name in ("weight", "bias") else x.shape
+        if other is not None and (other.shape != wanted or other.device != x.device):
+            found = f"{tuple(other.shape)} on {other.device}"
+            raise ValueError(f"{name} is {found}, for x {tuple(x.shape)} it must be {tuple(wanted)} on {x.device}")
+
+
 def forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, residual: torch.Tensor | None = None
 ) -> _Outputs:
     """(y, new residual, mean [R] or [0], rstd [R] fp32) of x [..., H]; LayerNorm where a bias [H] is given."""
     hidden = x.size(-1)
+    _check(x, weight=weight, bias=bias, residual=residual)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     new_residual = None if residual is None else torch.empty_like(y)
     num_rows = y.numel() // max(hidden, 1)
@@ -189,12 +205,14 @@ def forward(
         return y, new_residual, mean, rstd
     rows = as_rows(x)
     added = rows if residual is None else as_rows(residual)
-    forward_kernel[(triton.cdiv(num_rows, launch.rows),)](
-        rows, added, weight, weight if bias is None else bias, y, y if new_residual is None else new_residual, mean,
-        rstd, num_rows, hidden, *_strides(rows), *_strides(added), eps,
-        ROWS=launch.rows, BLOCK=launch.block, CENTERED=bias is not None, ADD=residual is not None,
-        num_warps=launch.num_warps,
-    )  # fmt: skip
+    weight, bias = weight.contiguous(), weight if bias is None else bias.contiguous()
+    with on_device_of(x):
+        forward_kernel[(triton.cdiv(num_rows, launch.rows),)](
+            rows, added, weight, bias, y, y if new_residual is None else new_residual, mean, rstd,
+            num_rows, hidden, *_strides(rows), *_strides(added), eps,
+            ROWS=launch.rows, BLOCK=launch.block, CENTERED=mean.numel() > 0, ADD=residual is not None,
+            num_warps=launch.num_warps,
+        )  # fmt: skip
     return y, new_residual, mean, rstd
 
 
@@ -204,6 +222,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dx [..., H], dweight, dbias) for the x that was normalised; the last two [0] where not needed."""
     hidden, num_rows = x.size(-1), rstd.numel()
+    _check(x, weight=weight, dy=dy, dnew_residual=dnew_residual)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch = plan(hidden, backward=True)
     num_programs = min(triton.cdiv(num_rows, launch.rows), target_of(x).num_sms * launch.programs_per_sm)
@@ -211,19 +230,21 @@ def backward(
     if num_rows:
         rows, drows = as_rows(x), as_rows(dy)
         dres = drows if dnew_residual is None else as_rows(dnew_residual)
-        backward_kernel[(num_programs,)](
-            drows, rows, weight, mean, rstd, dres, dx, partial[0], partial[1],
-            num_rows, hidden, *_strides(rows), *_strides(drows), *_strides(dres),
-            ROWS=launch.rows, BLOCK=launch.block, CENTERED=centered, ADD=dnew_residual is not None,
-            NEEDS_DWEIGHT=needs_dweight, STAGES=launch.stages, num_warps=launch.num_warps,
-        )  # fmt: skip
+        with on_device_of(x):
+            backward_kernel[(num_programs,)](
+                drows, rows, weight.contiguous(), mean.contiguous(), rstd.contiguous(), dres, dx, *partial,
+                num_rows, hidden, *_strides(rows), *_strides(drows), *_strides(dres),
+                ROWS=launch.rows, BLOCK=launch.block, CENTERED=centered, ADD=dnew_residual is not None,
+                NEEDS_DWEIGHT=needs_dweight, STAGES=launch.stages, num_warps=launch.num_warps,
+            )  # fmt: skip
     if not needs_dweight:
         return dx, weight.new_empty(0), weight.new_empty(0)
     sums = [torch.empty(hidden, dtype=weight.dtype, device=x.device) for _ in range(1 + centered)]
-    for each, rows_of_sums in zip(sums, partial, strict=False):
-        sum_rows_kernel[(triton.cdiv(hidden, _SUM_COLUMNS),)](
-            rows_of_sums, each, num_programs, hidden, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
-        )
+    with on_device_of(x):
+        for each, rows_of_sums in zip(sums, partial, strict=False):
+            sum_rows_kernel[(triton.cdiv(hidden, _SUM_COLUMNS),)](
+                rows_of_sums, each, num_programs, hidden, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
+            )
     return dx, sums[0], sums[1] if centered else weight.new_empty(0)
 
 

@@ -6,8 +6,9 @@
 Backward is the rotation by the opposite angle: the same kernel with sin negated (CONJUGATE).
 
 Bytes per element in bf16: 4 in place (the tables, shared by all heads, come from L2).
-Tiling: a program holds TOKENS x HEADS x R/2 pairs and loads each table row once for all its heads; x may be a slice of
-the packed qkv buffer (any strides of tokens and heads). The arithmetic is fp32, rounded once at the store.
+Tiling: a program holds TOKENS x HEADS x R/2 pairs, eight heads at most, which share the table rows it loads; x may be a
+slice of the packed qkv buffer (any strides of tokens and heads). The arithmetic is fp32, rounded once at the store.
+A row that the tables do not have gives NaN, not what lies behind them in memory.
 int64: token numbers are widened before they meet a stride.
 
 Letters: T tokens, h heads, D head dim, R rotary dim, P rows of the tables, B documents.
@@ -22,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megallm_kernels.device import on_device_of
 from megallm_kernels.rows import next_power_of_2
 
 
@@ -50,9 +52,9 @@ def plan(num_heads: int, rotary_dim: int) -> Launch:
     return Launch(tokens=max(_TILE_PAIRS // (heads * half), 1), heads=heads, half=half)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_documents"])
+@triton.jit(do_not_specialize=["num_tokens", "num_documents", "num_rows"])
 def rope_kernel(
-    x, out, cos, sin, positions, cu_seqlens, num_tokens, num_heads, num_documents,
+    x, out, cos, sin, positions, cu_seqlens, num_tokens, num_heads, num_documents, num_rows,
     x_token, x_head, out_token, out_head,
     half: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, ROW_SOURCE: tl.constexpr,
     CONJUGATE: tl.constexpr,
@@ -64,6 +66,11 @@ def rope_kernel(
     is_token = token < num_tokens
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     pair = tl.arange(0, HALF)
+    is_pair = pair < half
+    inside = (is_token[:, None] & is_pair[None, :])[:, None, :] & (head < num_heads)[None, :, None]
+    at = (token * x_token)[:, None, None] + (head.to(tl.int64) * x_head)[None, :, None] + pair[None, None, :]
+    x1 = tl.load(x + at, mask=inside, other=0.0)  # on their way while the angles are looked up
+    x2 = tl.load(x + at + half, mask=inside, other=0.0)
     row = token
     if ROW_SOURCE == 1:
         row = tl.load(positions + token, mask=is_token, other=0).to(tl.int64)
@@ -78,17 +85,14 @@ def rope_kernel(
             last = tl.where((first < last) & (starts_before == 0), middle - 1, last)
             width = (width + 1) // 2
         row = token - tl.load(cu_seqlens + first)
-    is_pair = pair < half
     at = row[:, None] * half + pair[None, :]
-    inside = is_token[:, None] & is_pair[None, :]
-    c = tl.load(cos + at, mask=inside, other=0.0).to(tl.float32)[:, None, :]
-    s = tl.load(sin + at, mask=inside, other=0.0).to(tl.float32)[:, None, :]
+    known = (is_token & (row >= 0) & (row < num_rows))[:, None] & is_pair[None, :]
+    c = tl.load(cos + at, mask=known, other=float("nan")).to(tl.float32)[:, None, :]
+    s = tl.load(sin + at, mask=known, other=float("nan")).to(tl.float32)[:, None, :]
     if CONJUGATE:
         s = -s
-    inside = inside[:, None, :] & (head < num_heads)[None, :, None]
-    at = (token * x_token)[:, None, None] + (head.to(tl.int64) * x_head)[None, :, None] + pair[None, None, :]
-    x1 = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(x + at + half, mask=inside, other=0.0).to(tl.float32)
+    x1 = x1.to(tl.float32)
+    x2 = x2.to(tl.float32)
     at = (token * out_token)[:, None, None] + (head.to(tl.int64) * out_head)[None, :, None] + pair[None, None, :]
     tl.store(out + at, (x1 * c - x2 * s).to(out.dtype.element_ty), mask=inside)
     tl.store(out + at + half, (x2 * c + x1 * s).to(out.dtype.element_ty), mask=inside)
@@ -106,15 +110,17 @@ def launch_rope(
     num_tokens, num_heads, _ = x.shape
     if x.numel() == 0 or cos.size(1) == 0:
         return
+    positions, cu_seqlens = (None if t is None else t.contiguous() for t in (positions, cu_seqlens))
     launch = plan(num_heads, 2 * cos.size(1))
     source = 1 if positions is not None else 2 if cu_seqlens is not None else 0
-    rope_kernel[(triton.cdiv(num_tokens, launch.tokens), triton.cdiv(num_heads, launch.heads))](
-        x, out, cos, sin, cos if positions is None else positions, cos if cu_seqlens is None else cu_seqlens,
-        num_tokens, num_heads, 0 if cu_seqlens is None else cu_seqlens.numel() - 1,
-        x.stride(0), x.stride(1), out.stride(0), out.stride(1), half=cos.size(1),
-        TOKENS=launch.tokens, HEADS=launch.heads, HALF=launch.half, ROW_SOURCE=source, CONJUGATE=conjugate,
-        num_warps=launch.num_warps,
-    )  # fmt: skip
+    with on_device_of(x):
+        rope_kernel[(triton.cdiv(num_tokens, launch.tokens), triton.cdiv(num_heads, launch.heads))](
+            x, out, cos, sin, cos if positions is None else positions, cos if cu_seqlens is None else cu_seqlens,
+            num_tokens, num_heads, 0 if cu_seqlens is None else cu_seqlens.numel() - 1, cos.size(0),
+            x.stride(0), x.stride(1), out.stride(0), out.stride(1), half=cos.size(1),
+            TOKENS=launch.tokens, HEADS=launch.heads, HALF=launch.half, ROW_SOURCE=source, CONJUGATE=conjugate,
+            num_warps=launch.num_warps,
+        )  # fmt: skip
 
 
 def _check(
@@ -128,6 +134,9 @@ def _check(
         raise ValueError("rope takes positions or cu_seqlens, not both")
     if positions is None and cu_seqlens is None and cos.size(0) < x.size(0):
         raise ValueError(f"rope's tables have {cos.size(0)} rows for {x.size(0)} tokens: give positions or more rows")
+    others = [t for t in (cos, sin, positions, cu_seqlens) if t is not None and t.device != x.device]
+    if others:
+        raise ValueError(f"rope's x is on {x.device}, the tables or positions on {others[0].device}: move them")
     if positions is not None and positions.shape != x.shape[:1]:
         raise ValueError(f"positions {tuple(positions.shape)} do not match {x.size(0)} tokens")
 

@@ -24,6 +24,5 @@ def _case(kind: str, gated: bool, features: int, backward: bool) -> CompileCase:
         kernel=kernel,
         signature={name: pointers.get(name, "i32") for name in kernel.arg_names if name not in constexprs},
         constexprs=constexprs,
-        unaligned=("num_rows",),
         num_warps=num_warps,
     )

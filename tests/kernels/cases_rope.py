@@ -14,7 +14,7 @@ def cases() -> list[CompileCase]:
 def _case(head_dim: int, source: int) -> CompileCase:
     launch = rope.plan(40, head_dim)
     pointers = {"x": "*bf16", "out": "*bf16", "cos": "*fp32", "sin": "*fp32", "positions": "*i64", "cu_seqlens": "*i32"}
-    sizes = ("num_tokens", "num_heads", "num_documents")
+    sizes = ("num_tokens", "num_heads", "num_documents", "num_rows")
     return CompileCase(
         name=f"rope {head_dim} from {('token', 'positions', 'cu_seqlens')[source]}",
         kernel=rope.rope_kernel,

@@ -135,6 +135,19 @@ def test_a_row_too_long_is_refused_in_words() -> None:
         kernel.norm(torch.zeros(1, 16385), torch.ones(16385), None, EPS)
 
 
+def test_a_strided_weight_is_read_as_it_is() -> None:
+    x, wide = normal(3, 8, dtype=torch.float32, seed=1), normal(16, dtype=torch.float32, seed=2)
+    assert torch.equal(kernel.norm(x, wide[::2], None, EPS)[0], kernel.norm(x, wide[::2].contiguous(), None, EPS)[0])
+
+
+def test_shapes_that_do_not_fit_are_refused_in_words() -> None:
+    x, weight = torch.zeros(3, 8), torch.ones(8)
+    with pytest.raises(ValueError, match=r"residual is \(1, 8\) on cpu, for x \(3, 8\) it must be \(3, 8\)"):
+        kernel.add_norm(x, torch.zeros(1, 8), weight, None, EPS)
+    with pytest.raises(ValueError, match="weight is"):
+        kernel.norm(x, torch.ones(4), None, EPS)
+
+
 def test_ops_pass_opcheck() -> None:
     x, r = (normal(3, 8, dtype=torch.float32, seed=s).requires_grad_() for s in (1, 2))
     weight, bias = (normal(8, dtype=torch.float32, seed=s).requires_grad_() for s in (3, 4))

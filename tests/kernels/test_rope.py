@@ -93,6 +93,19 @@ def test_bad_shapes_are_refused_in_words() -> None:
         rope_(strided(x), cos, sin)
 
 
+def test_positions_of_any_stride_are_read() -> None:
+    cos, sin = tables(9, 4)
+    x, wide = normal(4, 2, 8, dtype=torch.float32, seed=1), torch.tensor([[5, 0], [1, 0], [8, 0], [3, 0]])
+    assert torch.equal(rope(x, cos, sin, wide[:, 0]), rope(x, cos, sin, wide[:, 0].contiguous()))
+
+
+def test_a_position_without_a_row_gives_nan_and_reads_nothing_else() -> None:
+    cos, sin = tables(3, 4)
+    x = normal(4, 2, 8, dtype=torch.float32, seed=1)
+    y = rope(x, cos, sin, torch.tensor([0, 3, -1, 2]))
+    assert y[1:3].isnan().all() and not y[::3].isnan().any()
+
+
 def test_ops_pass_opcheck() -> None:
     x, (cos, sin) = normal(4, 2, 8, dtype=torch.float32, seed=1), tables(4, 4)
     opcheck(rope, (x.requires_grad_(), cos, sin))
