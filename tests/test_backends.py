@@ -78,7 +78,7 @@ def test_a_choice_is_announced_once() -> None:
     for _ in range(3):
         assert backends.pick("rope", torch.zeros(2), 64) == "triton"
         assert backends.pick("attention", torch.zeros(2), 64) == "torch"
-        assert backends.fall_back("attention", "with dropout") == "torch"
+        assert backends.take("attention", "torch", "with dropout") == "torch"
     assert said == ["rope: triton (asked for)", "attention: torch (on cpu)", "attention: torch (with dropout)"]
 
 

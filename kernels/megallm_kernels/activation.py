@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megallm_kernels.device import on_device_of
+from megallm_kernels.device import on_its_device
 from megallm_kernels.rows import next_power_of_2
 
 KINDS = ("silu", "gelu", "gelu_tanh")
@@ -106,6 +106,7 @@ def _features(x: torch.Tensor, kind: str, gated: bool) -> int:
 
 
 @torch.library.custom_op("megallm_kernels::activation", mutates_args=())
+@on_its_device
 def activation(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
     """act(gate) * up of x [..., 2F] if gated, else act(x) of x [..., F] -> [..., F]. Differentiable."""
     features = _features(x, kind, gated)
@@ -113,14 +114,14 @@ def activation(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
     if y.numel():
         rows = _as_matrix(x)
         block, num_warps = plan(features)
-        with on_device_of(x):
-            forward_kernel[(rows.size(0), triton.cdiv(features, block))](
-                rows, y, features, rows.stride(0), BLOCK=block, KIND=kind, GATED=gated, num_warps=num_warps
-            )
+        forward_kernel[(rows.size(0), triton.cdiv(features, block))](
+            rows, y, features, rows.stride(0), BLOCK=block, KIND=kind, GATED=gated, num_warps=num_warps
+        )
     return y
 
 
 @torch.library.custom_op("megallm_kernels::activation_backward", mutates_args=())
+@on_its_device
 def activation_backward(dy: torch.Tensor, x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
     """The gradient of x, packed as x is: [..., 2F] if gated, else [..., F]."""
     features = _features(x, kind, gated)
@@ -128,11 +129,10 @@ def activation_backward(dy: torch.Tensor, x: torch.Tensor, kind: str, gated: boo
     if dx.numel():
         rows, drows = _as_matrix(x), _as_matrix(dy)
         block, num_warps = plan(features)
-        with on_device_of(x):
-            backward_kernel[(rows.size(0), triton.cdiv(features, block))](
-                drows, rows, dx, features, drows.stride(0), rows.stride(0),
-                BLOCK=block, KIND=kind, GATED=gated, num_warps=num_warps,
-            )  # fmt: skip
+        backward_kernel[(rows.size(0), triton.cdiv(features, block))](
+            drows, rows, dx, features, drows.stride(0), rows.stride(0),
+            BLOCK=block, KIND=kind, GATED=gated, num_warps=num_warps,
+        )  # fmt: skip
     return dx
 
 

@@ -34,7 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megallm_kernels.attention_backward_kernels import convert_kernel, keys_kernel, prepare_kernel, queries_kernel
 from megallm_kernels.attention_tiles import LOG2_E, packed_tiles
-from megallm_kernels.device import target_of
+from megallm_kernels.device import on_its_device, target_of
 from megallm_kernels.rows import next_power_of_2
 
 MAX_HEAD_DIM = 256
@@ -130,6 +130,7 @@ def _launch(rows: dict[int, _Row], block_d: int, *, capped: bool) -> Launch:
     )  # fmt: skip
 
 
+@on_its_device
 def backward(
     dout: torch.Tensor,  # [Tq, N, D], any strides
     q: torch.Tensor,  # [Tq, N, D]

@@ -36,7 +36,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megallm_kernels.attention_tiles import LOG2_E, load_tile, packed_tiles, tanh, tile_and_head
-from megallm_kernels.device import target_of
+from megallm_kernels.device import on_its_device, target_of
 from megallm_kernels.rows import next_power_of_2
 
 MAX_HEAD_DIM = 256
@@ -245,6 +245,7 @@ def forward_kernel(
     tl.store(lse + tl.cast(head, tl.int64) * num_rows + token, tl.where(seen, logarithm, float("-inf")), mask=inside)
 
 
+@on_its_device
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None, *,

@@ -40,7 +40,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megallm_kernels.device import target_of
+from megallm_kernels.device import on_its_device, target_of
 from megallm_kernels.rows import next_power_of_2
 
 IGNORE_INDEX = -100
@@ -207,6 +207,7 @@ def gradient_kernel(
     tl.store(at, g.to(dlogits.dtype.element_ty), mask=in_rows[:, None] & in_row)
 
 
+@on_its_device
 def statistics(
     logits: torch.Tensor, labels: torch.Tensor, *, first_column: int = 0, valid_columns: int | None = None,
     ignore_index: int = IGNORE_INDEX, with_entropy: bool = False,
@@ -247,6 +248,7 @@ def rescale_(sums: torch.Tensor, row_max: torch.Tensor, top: torch.Tensor) -> to
     return sums
 
 
+@on_its_device
 def losses(
     row_max: torch.Tensor, sums: torch.Tensor, labels: torch.Tensor, *, vocab_size: int,
     ignore_index: int = IGNORE_INDEX, label_smoothing: float = 0.0, z_loss: float = 0.0,
@@ -267,6 +269,7 @@ def losses(
     return loss, lse, entropy
 
 
+@on_its_device
 def gradient_(
     logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, dloss: torch.Tensor,
     dlse: torch.Tensor | None = None, entropy: torch.Tensor | None = None, dentropy: torch.Tensor | None = None, *,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -28,11 +30,25 @@ def target_of(tensor: torch.Tensor) -> Target:
     return _cuda_target(tensor.device.index or 0) if tensor.is_cuda else INTERPRETER
 
 
-def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """While it is entered, kernels are launched on the tensor's GPU, whichever is current (Triton takes that one)."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def on_its_device(launcher: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """`launcher`, whose kernels run on the GPU of its first argument, a tensor, whichever GPU is current.
+
+    Triton launches on the current one, which need not be where the tensors are.
+    """
+
+    @functools.wraps(launcher)
+    def launch(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        first = args[0]
+        if isinstance(first, torch.Tensor) and first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return launcher(*args, **kwargs)
+        return launcher(*args, **kwargs)
+
+    return launch
 
 
 @cache

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megallm_kernels.device import target_of
+from megallm_kernels.device import on_its_device, target_of
 
 SECTION = 8
 """Row tiles that pass through the column tiles together: 8 x 16 tiles fill a GPU and span 40 MB of 4096 features."""
@@ -217,6 +217,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> None
         raise ValueError(f"x is {x.dtype}: this kernel takes float32, float16 and bfloat16, grouped_gemm_reference any")
 
 
+@on_its_device
 def product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """y [R, N] of x [R, K], weight [E, N, K] of any strides, offsets [E + 1] int32; see `grouped_gemm`."""
     (num_rows, k), (num_experts, n) = x.shape, weight.shape[:2]
@@ -249,6 +250,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> tor
     return y
 
 
+@on_its_device
 def weight_gradient(dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """dweight [E, Out, In] in x's dtype of dy [R, Out] and x [R, In]."""
     num_experts, m, n = offsets.numel() - 1, dy.size(1), x.size(1)

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from megallm_kernels import cross_entropy_kernels as kernels
-from megallm_kernels.device import target_of
+from megallm_kernels.device import on_its_device, target_of
 
 CHUNK_ROWS = (4096, 2048, 1024)
 """Rows a chunk may have, longest first."""
@@ -237,6 +237,7 @@ def scale_kernel(x, factor, num_elements, BLOCK: tl.constexpr):
 
 
 @torch.library.custom_op("megallm_kernels::scale_", mutates_args={"x"})
+@on_its_device
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
     """x *= factor in place, x contiguous, factor 0-d; nothing is read or written where factor is 1. No sync."""
     if not x.is_contiguous():

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megallm_kernels.device import on_device_of, target_of
+from megallm_kernels.device import on_its_device, target_of
 from megallm_kernels.rows import as_rows, next_power_of_2
 
 MAX_HIDDEN = 16384
@@ -189,6 +189,7 @@ def _check(x: torch.Tensor, **others: torch.Tensor | None) -> None:
             raise ValueError(f"{name} is {found}, for x {tuple(x.shape)} it must be {tuple(wanted)} on {x.device}")
 
 
+@on_its_device
 def forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, residual: torch.Tensor | None = None
 ) -> _Outputs:
@@ -206,16 +207,16 @@ def forward(
     rows = as_rows(x)
     added = rows if residual is None else as_rows(residual)
     weight, bias = weight.contiguous(), weight if bias is None else bias.contiguous()
-    with on_device_of(x):
-        forward_kernel[(triton.cdiv(num_rows, launch.rows),)](
-            rows, added, weight, bias, y, y if new_residual is None else new_residual, mean, rstd,
-            num_rows, hidden, *_strides(rows), *_strides(added), eps,
-            ROWS=launch.rows, BLOCK=launch.block, CENTERED=mean.numel() > 0, ADD=residual is not None,
-            num_warps=launch.num_warps,
-        )  # fmt: skip
+    forward_kernel[(triton.cdiv(num_rows, launch.rows),)](
+        rows, added, weight, bias, y, y if new_residual is None else new_residual, mean, rstd,
+        num_rows, hidden, *_strides(rows), *_strides(added), eps,
+        ROWS=launch.rows, BLOCK=launch.block, CENTERED=mean.numel() > 0, ADD=residual is not None,
+        num_warps=launch.num_warps,
+    )  # fmt: skip
     return y, new_residual, mean, rstd
 
 
+@on_its_device
 def backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, *,
     centered: bool, dnew_residual: torch.Tensor | None, needs_dweight: bool,
@@ -230,21 +231,19 @@ def backward(
     if num_rows:
         rows, drows = as_rows(x), as_rows(dy)
         dres = drows if dnew_residual is None else as_rows(dnew_residual)
-        with on_device_of(x):
-            backward_kernel[(num_programs,)](
-                drows, rows, weight.contiguous(), mean.contiguous(), rstd.contiguous(), dres, dx, *partial,
-                num_rows, hidden, *_strides(rows), *_strides(drows), *_strides(dres),
-                ROWS=launch.rows, BLOCK=launch.block, CENTERED=centered, ADD=dnew_residual is not None,
-                NEEDS_DWEIGHT=needs_dweight, STAGES=launch.stages, num_warps=launch.num_warps,
-            )  # fmt: skip
+        backward_kernel[(num_programs,)](
+            drows, rows, weight.contiguous(), mean.contiguous(), rstd.contiguous(), dres, dx, *partial,
+            num_rows, hidden, *_strides(rows), *_strides(drows), *_strides(dres),
+            ROWS=launch.rows, BLOCK=launch.block, CENTERED=centered, ADD=dnew_residual is not None,
+            NEEDS_DWEIGHT=needs_dweight, STAGES=launch.stages, num_warps=launch.num_warps,
+        )  # fmt: skip
     if not needs_dweight:
         return dx, weight.new_empty(0), weight.new_empty(0)
     sums = [torch.empty(hidden, dtype=weight.dtype, device=x.device) for _ in range(1 + centered)]
-    with on_device_of(x):
-        for each, rows_of_sums in zip(sums, partial, strict=False):
-            sum_rows_kernel[(triton.cdiv(hidden, _SUM_COLUMNS),)](
-                rows_of_sums, each, num_programs, hidden, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
-            )
+    for each, rows_of_sums in zip(sums, partial, strict=False):
+        sum_rows_kernel[(triton.cdiv(hidden, _SUM_COLUMNS),)](
+            rows_of_sums, each, num_programs, hidden, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
+        )
     return dx, sums[0], sums[1] if centered else weight.new_empty(0)
 
 

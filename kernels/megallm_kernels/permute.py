@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megallm_kernels.device import on_its_device
 from megallm_kernels.rows import next_power_of_2
 
 MAX_BLOCK = 8192
@@ -230,6 +231,7 @@ def _check(rows: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) 
         raise ValueError(f"shapes {shapes} are not [rows, H], source [R], destination [T, k]: see sort_by_expert")
 
 
+@on_its_device
 def permute_forward(x: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> torch.Tensor:
     """Rows [R, H] of x [T, H]; see `permute`."""
     _check(x, source, destination)
@@ -248,6 +250,7 @@ def permute_forward(x: torch.Tensor, source: torch.Tensor, destination: torch.Te
     return rows
 
 
+@on_its_device
 def unpermute_forward(rows: torch.Tensor, destination: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """y [T, H] of rows [R, H]; see `unpermute`."""
     (num_tokens, num_slots), hidden = destination.shape, rows.size(1)
@@ -289,6 +292,7 @@ def unpermute(
 
 
 @torch.library.custom_op("megallm_kernels::unpermute_backward", mutates_args=())
+@on_its_device
 def unpermute_backward(
     dy: torch.Tensor, rows: torch.Tensor, source: torch.Tensor, destination: torch.Tensor, weights: torch.Tensor,
     needs_dweights: bool,

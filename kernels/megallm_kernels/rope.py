@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megallm_kernels.device import on_device_of
+from megallm_kernels.device import on_its_device
 from megallm_kernels.rows import next_power_of_2
 
 
@@ -98,6 +98,7 @@ def rope_kernel(
     tl.store(out + at + half, (x2 * c + x1 * s).to(out.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def launch_rope(
     x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None, *, conjugate: bool,
@@ -113,14 +114,13 @@ def launch_rope(
     positions, cu_seqlens = (None if t is None else t.contiguous() for t in (positions, cu_seqlens))
     launch = plan(num_heads, 2 * cos.size(1))
     source = 1 if positions is not None else 2 if cu_seqlens is not None else 0
-    with on_device_of(x):
-        rope_kernel[(triton.cdiv(num_tokens, launch.tokens), triton.cdiv(num_heads, launch.heads))](
-            x, out, cos, sin, cos if positions is None else positions, cos if cu_seqlens is None else cu_seqlens,
-            num_tokens, num_heads, 0 if cu_seqlens is None else cu_seqlens.numel() - 1, cos.size(0),
-            x.stride(0), x.stride(1), out.stride(0), out.stride(1), half=cos.size(1),
-            TOKENS=launch.tokens, HEADS=launch.heads, HALF=launch.half, ROW_SOURCE=source, CONJUGATE=conjugate,
-            num_warps=launch.num_warps,
-        )  # fmt: skip
+    rope_kernel[(triton.cdiv(num_tokens, launch.tokens), triton.cdiv(num_heads, launch.heads))](
+        x, out, cos, sin, cos if positions is None else positions, cos if cu_seqlens is None else cu_seqlens,
+        num_tokens, num_heads, 0 if cu_seqlens is None else cu_seqlens.numel() - 1, cos.size(0),
+        x.stride(0), x.stride(1), out.stride(0), out.stride(1), half=cos.size(1),
+        TOKENS=launch.tokens, HEADS=launch.heads, HALF=launch.half, ROW_SOURCE=source, CONJUGATE=conjugate,
+        num_warps=launch.num_warps,
+    )  # fmt: skip
 
 
 def _check(

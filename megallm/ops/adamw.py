@@ -92,7 +92,10 @@ class FusedAdamW:
         eps: float,
         weight_decay: float,
     ) -> None:
-        """One update in place; gradients are divided by the 0-d `grad_divisor`; nothing where 0-d `is_bad` is 1."""
+        """One update in place; gradients are divided by the 0-d `grad_divisor`; nothing where 0-d `is_bad` is 1.
+
+        The learning rate comes from the host: a captured graph would repeat the one of its capture.
+        """
         self._learning_rate.fill_(learning_rate)
         self._plan = _update_of(self._backend)(
             self._plan, *self._lists, decayed=self._decayed, step=self._step, learning_rate=self._learning_rate,

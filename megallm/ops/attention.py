@@ -50,9 +50,10 @@ def rotary_attention(
     rotate q and k inside `qkv`, which the caller must not read again (nor recompute from).
     """
     name = backends.pick("attention", qkv, qkv.size(-1))
-    own_rope = rotary is None or backends.pick("rope", qkv, qkv.size(-1)) == "triton"
-    if name == "triton" and own_rope:
+    if name == "triton" and (rotary is None or backends.forced.get("rope", name) == name):
         cos, sin = rotary if rotary is not None else (None, None)
+        if rotary is not None:
+            backends.take("rope", name, "in place, in front of its attention")
         out = _RotaryAttention.apply(qkv, cos, sin, num_heads, batch_size, sliding_window or 0, in_place)
         return out.flatten(1)
     num_kv_heads = (qkv.size(1) - num_heads) // 2
@@ -81,7 +82,7 @@ def attention(
     """
     name = backends.pick("attention", q, q.size(-1))
     if name != "torch" and (mask is not None or keep is not None):
-        name = backends.fall_back("attention", "with a mask of its own" if mask is not None else "with dropout")
+        name = backends.take("attention", "torch", "with a mask of its own" if mask is not None else "with dropout")
     if name == "triton":
         return _triton_attention(q, k, v, sliding_window or 0)
     if name == "flash-attn":

@@ -72,10 +72,10 @@ class Backends:
             self._say(f"{'every operation' if is_plain else op}: {choice.name} ({choice.reason})")
         return name
 
-    def fall_back(self, op: str, reason: str) -> str:
-        """`torch`, for a call of `op` that the others have no form for; announced once for each reason."""
-        self._say(f"{op}: torch ({reason})")
-        return "torch"
+    def take(self, op: str, name: str, reason: str) -> str:
+        """`name`, for a call of `op` whose form leaves no other choice; announced once for each reason."""
+        self._say(f"{op}: {name} ({reason})")
+        return name
 
     def _say(self, line: str) -> None:
         if line not in self._said:
