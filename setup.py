@@ -3,7 +3,8 @@
 The folder kernels/ is a source root and not a package: its content is installed as `megallm_kernels`.
 
 No compiler is needed. `MEGALLM_BUILD_CUDA=1 pip install .` also builds csrc/ with nvcc, as `megallm_kernels._compiled`,
-for the architectures in MEGALLM_CUDA_ARCHS (default "80;90a": A100, and H100 or H200), or fails and says why.
+for the architectures in MEGALLM_CUDA_ARCHS (default "80;90a": A100, and H100 or H200) and, as PTX, for newer ones, or
+fails and says why.
 """
 
 import os
@@ -58,13 +59,19 @@ def find_nvcc() -> str:
     return found
 
 
-def architecture_options() -> list[str]:
-    """nvcc's options for CUDA_ARCHS."""
+def code_names() -> list[str]:
+    """What nvcc makes for CUDA_ARCHS: machine code for each, and PTX of the highest, which newer GPUs translate."""
     archs = [arch for arch in re.split(r"[;, ]+", CUDA_ARCHS) if arch]
     wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
     if wrong or not archs:
         raise SystemExit(f"MEGALLM_CUDA_ARCHS is {CUDA_ARCHS!r}: write numbers such as 80;90a")
-    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    highest = max(int(arch.rstrip("af")) for arch in archs)  # PTX of 90a would run on nothing but 90
+    return [*(f"sm_{arch}" for arch in archs), f"compute_{highest}"]
+
+
+def architecture_options(names: list[str]) -> list[str]:
+    """nvcc's options for `code_names`."""
+    return [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in names]
 
 
 class BuildWithNvcc(build_ext):
@@ -74,9 +81,11 @@ class BuildWithNvcc(build_ext):
         """One object a source, all at a time; then the module."""
         import pybind11
 
-        nvcc, archs = find_nvcc(), architecture_options()
+        nvcc, code = find_nvcc(), code_names()
+        archs = architecture_options(code)
         includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
         options = ["-std=c++20", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", *archs, *includes]
+        options.append(f"-DMEGALLM_CODE={':'.join(code)}")
         objects = Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
 

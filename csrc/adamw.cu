@@ -85,9 +85,13 @@ __global__ void __launch_bounds__(kAdamWThreads, 4) adamw_kernel(const AdamW a) 
     }
   }
   __syncthreads();  // every thread of the block has read the step
-  if (threadIdx.x == 0 && atomicAdd(a.ticket, 1) == static_cast<int>(gridDim.x) - 1) {
-    *a.step = t;  // the last block of all
-    *a.ticket = 0;
+  if (threadIdx.x == 0) {
+    __threadfence();  // these reads come before the ticket: atomicAdd alone orders nothing
+    if (atomicAdd(a.ticket, 1) == static_cast<int>(gridDim.x) - 1) {
+      __threadfence();
+      *a.step = t;  // the last block of all
+      *a.ticket = 0;
+    }
   }
 }
 
@@ -106,6 +110,13 @@ void launch(const AdamW& a, int device, cudaStream_t stream) {
   check_cuda(cudaSetDevice(device), "AdamW on GPU ", device);
   with_type(a.grad_dtype, [&](auto type) { launch_with_gradient<decltype(type)>(a, stream); });
   check_cuda(cudaGetLastError(), "AdamW over ", a.num_chunks, " chunks of ", a.chunk, " elements on GPU ", device);
+}
+
+// The load of any kernel of this build tells whether a GPU and its driver can run them all.
+void check_runs(int device) {
+  check_cuda(cudaSetDevice(device), "GPU ", device);
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, adamw_kernel<float, float>), "the compiled kernels on GPU ", device);
 }
 
 }  // namespace megallm

@@ -33,6 +33,7 @@ struct NormForward {
   Rows x_rows;
   Rows residual_rows;
   float eps;
+  float inverse_hidden;
   int dtype;         // of x, residual, y, new_residual
   int weight_dtype;  // dtype, or fp32
 };
@@ -53,13 +54,15 @@ struct NormBackward {
   Rows dy_rows;
   Rows dnew_residual_rows;
   int64_t num_partials;  // a multiple of 4
+  float inverse_hidden;
   int dtype;
   int weight_dtype;
 };
 
-// Turns the first 2 half elements of each head of x [tokens, heads, D], in place.
+// Turns the first 2 half elements of each head of x [tokens, heads, D] and writes them to out, which may be x.
 struct Rope {
-  void* x;
+  const void* x;
+  void* out;
   const float* cosine;  // [rows, half]
   const float* sine;
   const int64_t* positions;   // [tokens], or null
@@ -67,9 +70,12 @@ struct Rope {
   int64_t tokens;
   int64_t heads;
   int64_t half;
+  int64_t rows;  // of the tables; tokens that ask for another row become NaN
   int64_t documents;
   int64_t token_stride;
   int64_t head_stride;
+  int64_t out_token_stride;
+  int64_t out_head_stride;
   int dtype;
   bool conjugate;  // the opposite angle
 };
@@ -157,6 +163,7 @@ inline void check(const NormBackward& a) {
 
 inline void check(const Rope& a) {
   check_pointer("x", a.x);
+  check_pointer("out", a.out);
   check_pointer("cos", a.cosine);
   check_pointer("sin", a.sine);
   if (a.positions != nullptr && a.cu_seqlens != nullptr) refuse("rope takes positions or cu_seqlens, not both");
@@ -164,6 +171,7 @@ inline void check(const Rope& a) {
   check_size("tokens", a.tokens);
   check_size("heads", a.heads);
   check_size("half of the rotary dim", a.half);
+  check_size("rows of the tables", a.rows);
   element_size(a.dtype);
 }
 

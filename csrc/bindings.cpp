@@ -5,6 +5,12 @@
 #include "launch.h"
 #include "launch_shape.h"
 
+#ifndef MEGALLM_CODE  // what the kernels were compiled to, such as sm_80:sm_90a:compute_90; setup.py says it
+#error "compile with -DMEGALLM_CODE=..., as setup.py does"
+#endif
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+
 namespace py = pybind11;
 
 namespace megallm {
@@ -35,7 +41,7 @@ NormForward norm_forward(Address x, Address residual, Address weight, Address y,
                          int64_t rows, int64_t hidden, const py::tuple& x_rows, const py::tuple& residual_rows,
                          float eps, int dtype, int weight_dtype) {
   return {at<void>(x), at<void>(residual), at<void>(weight), at<void>(y), at<void>(new_residual), at<float>(rstd), rows,
-          hidden, rows_of(x_rows), rows_of(residual_rows), eps, dtype, weight_dtype};
+          hidden, rows_of(x_rows), rows_of(residual_rows), eps, 1.0f / static_cast<float>(hidden), dtype, weight_dtype};
 }
 
 NormBackward norm_backward(Address dy, Address x, Address weight, Address rstd, Address dnew_residual, Address dx,
@@ -44,13 +50,16 @@ NormBackward norm_backward(Address dy, Address x, Address weight, Address rstd, 
                            int dtype, int weight_dtype) {
   return {at<void>(dy), at<void>(x), at<void>(weight), at<float>(rstd), at<void>(dnew_residual), at<void>(dx),
           at<float>(partial), at<void>(dweight), rows, hidden, rows_of(x_rows), rows_of(dy_rows),
-          rows_of(dnew_residual_rows), num_partials, dtype, weight_dtype};
+          rows_of(dnew_residual_rows), num_partials, 1.0f / static_cast<float>(hidden), dtype, weight_dtype};
 }
 
-Rope rope(Address x, Address cosine, Address sine, Address positions, Address cu_seqlens, int64_t tokens, int64_t heads,
-          int64_t half, int64_t documents, int64_t token_stride, int64_t head_stride, int dtype, bool conjugate) {
-  return {at<void>(x), at<float>(cosine), at<float>(sine), at<int64_t>(positions), at<int32_t>(cu_seqlens), tokens,
-          heads, half, documents, token_stride, head_stride, dtype, conjugate};
+Rope rope(Address x, Address out, Address cosine, Address sine, Address positions, Address cu_seqlens, int64_t tokens,
+          int64_t heads, int64_t half, int64_t rows, int64_t documents, const py::tuple& strides,
+          const py::tuple& out_strides, int dtype, bool conjugate) {
+  return {at<void>(x), at<void>(out), at<float>(cosine), at<float>(sine), at<int64_t>(positions),
+          at<int32_t>(cu_seqlens), tokens, heads, half, rows, documents, strides[0].cast<int64_t>(),
+          strides[1].cast<int64_t>(), out_strides[0].cast<int64_t>(), out_strides[1].cast<int64_t>(), dtype,
+          conjugate};
 }
 
 AdamW adamw(Address table, Address chunks, Address ticket, Address step, Address learning_rate, Address grad_divisor,
@@ -74,6 +83,8 @@ PYBIND11_MODULE(_compiled, module) {
   using namespace megallm;
   using py::arg;
   module.doc() = "Compiled kernels over raw addresses; megallm_kernels.compiled gives them tensors.";
+  module.attr("CODE") = TEXT(MEGALLM_CODE);
+  module.def("check_runs", &check_runs, "Raises RuntimeError where this GPU cannot run the kernels.", arg("device"));
 
 #define NORM_FORWARD                                                                                                  \
   arg("x"), arg("residual"), arg("weight"), arg("y"), arg("new_residual"), arg("rstd"), arg("rows"), arg("hidden"),   \
@@ -113,28 +124,31 @@ PYBIND11_MODULE(_compiled, module) {
       py::kw_only(), arg("dy"), arg("x"), arg("weight"), arg("rstd"), arg("dnew_residual"), arg("dx"), arg("partial"),
       arg("dweight"), arg("rows"), arg("hidden"), arg("x_rows"), arg("dy_rows"), arg("dnew_residual_rows"),
       arg("num_partials"), arg("dtype"), arg("weight_dtype"), arg("device"), arg("stream"));
-  module.def("rms_norm_partials", &norm_partials, "Rows of sums that rms_norm_backward is to be given.", py::kw_only(),
-             arg("rows"), arg("hidden"), arg("dtype"), arg("num_multiprocessors"));
+  module.def("rms_norm_partials",
+             py::overload_cast<int64_t, int64_t, int, int, int, int>(&norm_partials),
+             "Rows of sums that rms_norm_backward is to be given.", py::kw_only(), arg("rows"), arg("hidden"),
+             arg("dtype"), arg("weight_dtype"), arg("num_multiprocessors"), arg("device"));
 
-#define ROPE                                                                                                     \
-  arg("x"), arg("cos"), arg("sin"), arg("positions"), arg("cu_seqlens"), arg("tokens"), arg("heads"), arg("half"), \
-      arg("documents"), arg("token_stride"), arg("head_stride"), arg("dtype"), arg("conjugate")
+#define ROPE                                                                                                        \
+  arg("x"), arg("out"), arg("cos"), arg("sin"), arg("positions"), arg("cu_seqlens"), arg("tokens"), arg("heads"),  \
+      arg("half"), arg("rows"), arg("documents"), arg("strides"), arg("out_strides"), arg("dtype"), arg("conjugate")
   module.def(
       "rope",
-      [](Address x, Address cosine, Address sine, Address positions, Address cu_seqlens, int64_t tokens, int64_t heads,
-         int64_t half, int64_t documents, int64_t token_stride, int64_t head_stride, int dtype, bool conjugate,
-         int device, Address stream) {
-        run(rope(x, cosine, sine, positions, cu_seqlens, tokens, heads, half, documents, token_stride, head_stride,
-                 dtype, conjugate),
+      [](Address x, Address out, Address cosine, Address sine, Address positions, Address cu_seqlens, int64_t tokens,
+         int64_t heads, int64_t half, int64_t rows, int64_t documents, const py::tuple& strides,
+         const py::tuple& out_strides, int dtype, bool conjugate, int device, Address stream) {
+        run(rope(x, out, cosine, sine, positions, cu_seqlens, tokens, heads, half, rows, documents, strides,
+                 out_strides, dtype, conjugate),
             device, stream);
       },
       py::kw_only(), ROPE, arg("device"), arg("stream"));
   module.def(
       "rope_shape",
-      [](Address x, Address cosine, Address sine, Address positions, Address cu_seqlens, int64_t tokens, int64_t heads,
-         int64_t half, int64_t documents, int64_t token_stride, int64_t head_stride, int dtype, bool conjugate) {
-        const Rope a = rope(x, cosine, sine, positions, cu_seqlens, tokens, heads, half, documents, token_stride,
-                            head_stride, dtype, conjugate);
+      [](Address x, Address out, Address cosine, Address sine, Address positions, Address cu_seqlens, int64_t tokens,
+         int64_t heads, int64_t half, int64_t rows, int64_t documents, const py::tuple& strides,
+         const py::tuple& out_strides, int dtype, bool conjugate) {
+        const Rope a = rope(x, out, cosine, sine, positions, cu_seqlens, tokens, heads, half, rows, documents, strides,
+                            out_strides, dtype, conjugate);
         check(a);
         const RopeShape shape = rope_shape(a);
         return py::dict(arg("vector") = shape.vector, arg("pairs") = shape.pairs, arg("heads") = shape.heads,

@@ -33,9 +33,10 @@ BOTH __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// N elements that are loaded or stored by one instruction: the address is a multiple of N * sizeof(T), at most 16.
+// N elements that are loaded or stored by one instruction, or 32 bytes by two: the address is a multiple of
+// N * sizeof(T), or of 16.
 template <typename T, int N>
-struct alignas(N * sizeof(T)) Vector {
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
   T item[N];
 };
 

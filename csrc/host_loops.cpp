@@ -1,5 +1,6 @@
 // The operations on CPU memory, one element after another: the kernels' arithmetic where there is no GPU, for tests.
 #include <algorithm>
+#include <cmath>
 
 #include "launch.h"
 
@@ -26,7 +27,7 @@ void norm_forward(const NormForward& a) {
     }
     float squares = 0;
     for (int64_t i = 0; i < a.hidden; ++i) squares += widen(x[i]) * widen(x[i]);
-    const float rstd = a.rstd[row] = rms_norm_rstd(squares, a.hidden, a.eps);
+    const float rstd = a.rstd[row] = rms_norm_rstd(squares, a.inverse_hidden, a.eps);
     for (int64_t i = 0; i < a.hidden; ++i) {
       y[i] = narrow<T>(rms_norm_value(widen(x[i]), rstd, weight_at(a.weight, a.weight_dtype, i)));
     }
@@ -41,16 +42,16 @@ void norm_backward(const NormBackward& a) {
     const T* dy = static_cast<const T*>(a.dy) + row_offset(a.dy_rows, row);
     T* dx = static_cast<T*>(a.dx) + row * a.hidden;
     float* sums = a.partial == nullptr ? nullptr : a.partial + row % a.num_partials * a.hidden;
-    float mean = 0;
+    float products = 0;
     for (int64_t i = 0; i < a.hidden; ++i) {
-      const float u = widen(x[i]) * a.rstd[row];
-      mean += widen(dy[i]) * weight_at(a.weight, a.weight_dtype, i) * u;
-      if (sums != nullptr) sums[i] += widen(dy[i]) * u;
+      const float product = widen(dy[i]) * widen(x[i]);
+      products += product * weight_at(a.weight, a.weight_dtype, i);
+      if (sums != nullptr) sums[i] += product * a.rstd[row];
     }
-    mean /= static_cast<float>(a.hidden);
+    const float pull = rms_norm_pull(products, a.rstd[row], a.inverse_hidden);
     for (int64_t i = 0; i < a.hidden; ++i) {
       const float weight = weight_at(a.weight, a.weight_dtype, i);
-      float ds = rms_norm_gradient(widen(dy[i]), weight, widen(x[i]), a.rstd[row], mean);
+      float ds = rms_norm_gradient(widen(dy[i]), weight, widen(x[i]), a.rstd[row], pull);
       if (a.dnew_residual != nullptr) {
         ds += widen((static_cast<const T*>(a.dnew_residual) + row_offset(a.dnew_residual_rows, row))[i]);
       }
@@ -71,14 +72,17 @@ void norm_backward(const NormBackward& a) {
 template <typename T>
 void rope(const Rope& a) {
   for (int64_t token = 0; token < a.tokens; ++token) {
-    const int64_t row = rope_row(token, a.positions, a.cu_seqlens, a.documents) * a.half;
+    const int64_t row = rope_row(token, a.positions, a.cu_seqlens, a.documents);
+    const bool known = row >= 0 && row < a.rows;
     for (int64_t head = 0; head < a.heads; ++head) {
-      T* x = static_cast<T*>(a.x) + token * a.token_stride + head * a.head_stride;
+      const T* x = static_cast<const T*>(a.x) + token * a.token_stride + head * a.head_stride;
+      T* out = static_cast<T*>(a.out) + token * a.out_token_stride + head * a.out_head_stride;
       for (int64_t i = 0; i < a.half; ++i) {
-        const float sine = a.conjugate ? -a.sine[row + i] : a.sine[row + i];
-        const Pair turned = rope_pair(widen(x[i]), widen(x[i + a.half]), a.cosine[row + i], sine);
-        x[i] = narrow<T>(turned.first);
-        x[i + a.half] = narrow<T>(turned.second);
+        const float cosine = known ? a.cosine[row * a.half + i] : NAN;
+        const float sine = known ? a.sine[row * a.half + i] : NAN;
+        const Pair turned = rope_pair(widen(x[i]), widen(x[i + a.half]), cosine, a.conjugate ? -sine : sine);
+        out[i] = narrow<T>(turned.first);
+        out[i + a.half] = narrow<T>(turned.second);
       }
     }
   }

@@ -12,6 +12,13 @@ void launch(const NormBackward& a, int device, cudaStream_t stream);
 void launch(const Rope& a, int device, cudaStream_t stream);
 void launch(const AdamW& a, int device, cudaStream_t stream);
 
+// How many rows of sums launch(NormBackward) is to be given on this GPU: of as many blocks as it runs at a time. For
+// the CPU (device -1) by an estimate.
+int64_t norm_partials(int64_t rows, int64_t hidden, int dtype, int weight_dtype, int num_multiprocessors, int device);
+
+// Throws std::runtime_error where the GPU cannot run what was built: no code for it, or its driver is too old.
+void check_runs(int device);
+
 void run_on_host(const NormForward& a);
 void run_on_host(const NormBackward& a);
 void run_on_host(const Rope& a);
@@ -21,6 +28,7 @@ void run_on_host(const AdamW& a);
 template <typename... Parts>
 void check_cuda(cudaError_t status, const Parts&... parts) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would report it again
   std::ostringstream text;
   (text << ... << parts);
   text << ": CUDA error " << static_cast<int>(status) << ", " << cudaGetErrorString(status);

@@ -27,7 +27,8 @@ struct NormShape {
   int rows_per_block;  // 1, 2 or 4
 };
 
-// Vectors: at most 512 threads, which hold the usual rows with two accesses each. One by one: 16 accesses a thread.
+// Vectors: at most 512 threads, which hold the usual rows with two accesses each; every thread's accesses but the last
+// lie inside the row. One by one: 16 accesses a thread.
 inline NormShape norm_shape(int64_t hidden, int dtype, bool aligned) {
   NormShape shape{};
   shape.vector = aligned && hidden % (kVectorBytes / element_size(dtype)) == 0 ? kVectorBytes / element_size(dtype) : 1;
@@ -56,15 +57,18 @@ inline NormShape norm_shape(const NormBackward& a) {
   return norm_shape(a.hidden, a.dtype, aligned);
 }
 
-// Rows of sums that the backward writes: of as many groups of threads as the multiprocessors run at a time.
-inline int64_t norm_partials(int64_t rows, int64_t hidden, int dtype, int num_multiprocessors) {
+// Rows of sums that the backward writes: one for each group of threads that `blocks` a multiprocessor make, in fours.
+inline int64_t norm_partials(int64_t rows, const NormShape& shape, int num_multiprocessors, int blocks) {
   check_size("rows", rows);
-  check_size("hidden", hidden, kMaxHidden);
   check_size("num_multiprocessors", num_multiprocessors);
-  const NormShape shape = norm_shape(hidden, dtype, true);
-  const int threads = shape.threads_per_row * shape.rows_per_block;
-  const int64_t groups = int64_t{num_multiprocessors} * std::max(1024 / threads, 1) * shape.rows_per_block;
+  const int64_t groups = int64_t{num_multiprocessors} * std::max(blocks, 1) * shape.rows_per_block;
   return ceil_div(std::min(groups, rows), 4) * 4;
+}
+
+// Blocks of the backward that a multiprocessor of 65536 registers runs at a time, where CUDA cannot be asked: threads
+// of one access a row have up to 64 registers, others up to 128.
+inline int estimated_blocks(const NormShape& shape) {
+  return (shape.per_thread == 1 ? 1024 : 512) / (shape.threads_per_row * shape.rows_per_block);
 }
 
 struct RopeShape {
@@ -78,13 +82,15 @@ struct RopeShape {
 inline RopeShape rope_shape(const Rope& a) {
   const int vector = kVectorBytes / element_size(a.dtype);
   const bool aligned = a.half % vector == 0 && a.token_stride % vector == 0 && a.head_stride % vector == 0 &&
-                       is_aligned(a.x, kVectorBytes) && is_aligned(a.cosine, kVectorBytes) &&
-                       is_aligned(a.sine, kVectorBytes);
+                       a.out_token_stride % vector == 0 && a.out_head_stride % vector == 0 &&
+                       is_aligned(a.x, kVectorBytes) && is_aligned(a.out, kVectorBytes) &&
+                       is_aligned(a.cosine, kVectorBytes) && is_aligned(a.sine, kVectorBytes);
   constexpr int64_t threads = 256;
   RopeShape shape{};
   shape.vector = aligned ? vector : 1;
   shape.pairs = static_cast<int>(std::min(a.half / shape.vector, threads));
-  shape.heads = static_cast<int>(std::min(a.heads, threads / shape.pairs));
+  const int64_t rounds = ceil_div(a.heads, threads / shape.pairs);  // equal ones: 40 heads are 2 x 20, not 32 + 8
+  shape.heads = static_cast<int>(ceil_div(a.heads, rounds));
   shape.tokens = static_cast<int>(std::min({a.tokens, threads / (shape.pairs * shape.heads), int64_t{64}}));
   shape.grid = ceil_div(a.tokens, shape.tokens);
   if (shape.grid > INT32_MAX) refuse("rope of ", a.tokens, " tokens takes more than 2^31 blocks: split the tensor");

@@ -16,19 +16,28 @@ struct Rows {
 
 BOTH int64_t row_offset(const Rows& rows, int64_t row) {
   if (rows.inner_rows == 1) return row * rows.outer;
-  return row / rows.inner_rows * rows.outer + row % rows.inner_rows * rows.inner;
+  const int64_t outer = row / rows.inner_rows;
+  return outer * rows.outer + (row - outer * rows.inner_rows) * rows.inner;
 }
 
 // RMSNorm: y = s r w, r = 1 / sqrt(mean(s^2) + eps)   (arXiv 1910.07467)
-BOTH float rms_norm_rstd(float sum_of_squares, int64_t hidden, float eps) {
-  return 1.0f / sqrtf(sum_of_squares / static_cast<float>(hidden) + eps);
+BOTH float rms_norm_rstd(float sum_of_squares, float inverse_hidden, float eps) {
+#ifdef __CUDA_ARCH__
+  return rsqrtf(sum_of_squares * inverse_hidden + eps);  // within 2 units of the last place
+#else
+  return 1.0f / sqrtf(sum_of_squares * inverse_hidden + eps);
+#endif
 }
 
 BOTH float rms_norm_value(float s, float rstd, float weight) { return s * rstd * weight; }
 
-// Its gradient: ds = r (dy w - u mean(dy w u)), u = s r
-BOTH float rms_norm_gradient(float dy, float weight, float s, float rstd, float mean) {
-  return (dy * weight - s * rstd * mean) * rstd;
+// Its gradient: ds = r (dy w - u mean(dy w u)), u = s r, as r dy w - s pull with pull = r^2 mean(dy w u)
+BOTH float rms_norm_pull(float sum_of_dy_w_s, float rstd, float inverse_hidden) {
+  return sum_of_dy_w_s * inverse_hidden * rstd * rstd * rstd;
+}
+
+BOTH float rms_norm_gradient(float dy, float weight, float s, float rstd, float pull) {
+  return dy * weight * rstd - s * pull;
 }
 
 // RoPE: (x1, x2) turned by the angle of (cosine, sine)   (arXiv 2104.09864)

@@ -1,6 +1,7 @@
-// Rotary embedding in place over the heads of strided tokens. Bytes per element of a 2-byte dtype: 4.
+// Rotary embedding over the heads of strided tokens, in place or not. Bytes per element of a 2-byte dtype: 4.
 //
-// A thread holds the cosines and sines of its 16 bytes of pairs and walks over the heads.
+// A thread holds the cosines and sines of its 16 bytes of pairs and walks over the heads. A row that the tables do not
+// have gives NaN, not what lies behind them in memory.
 #include "launch.h"
 #include "launch_shape.h"
 
@@ -13,25 +14,29 @@ template <typename T, int kVector>
 __global__ void __launch_bounds__(kThreads) rope_kernel(const Rope a) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
   if (token >= a.tokens) return;
-  const int64_t row = rope_row(token, a.positions, a.cu_seqlens, a.documents) * a.half;
+  const int64_t row = rope_row(token, a.positions, a.cu_seqlens, a.documents);
+  const bool known = row >= 0 && row < a.rows;
+  const int64_t table = known ? row * a.half : 0;
   for (int64_t pair = threadIdx.x * kVector; pair < a.half; pair += blockDim.x * kVector) {
     constexpr int kTableVector = kVector < 4 ? kVector : 4;  // fp32: 16 bytes
     float cosine[kVector];
     float sine[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; i += kTableVector) {
-      const auto c = load<kTableVector>(a.cosine + row + pair + i);
-      const auto s = load<kTableVector>(a.sine + row + pair + i);
+      const auto c = load<kTableVector>(a.cosine + table + pair + i);
+      const auto s = load<kTableVector>(a.sine + table + pair + i);
 #pragma unroll
       for (int j = 0; j < kTableVector; ++j) {
-        cosine[i + j] = c.item[j];
+        cosine[i + j] = known ? c.item[j] : NAN;
         sine[i + j] = a.conjugate ? -s.item[j] : s.item[j];
       }
     }
-    T* x = static_cast<T*>(a.x) + token * a.token_stride + pair;
+    const T* x = static_cast<const T*>(a.x) + token * a.token_stride + pair;
+    T* out = static_cast<T*>(a.out) + token * a.out_token_stride + pair;
 #pragma unroll 2
     for (int64_t head = threadIdx.y; head < a.heads; head += blockDim.y) {
-      T* at = x + head * a.head_stride;
+      const T* at = x + head * a.head_stride;
+      T* to = out + head * a.out_head_stride;
       auto x1 = load<kVector>(at);
       auto x2 = load<kVector>(at + a.half);
 #pragma unroll
@@ -40,8 +45,8 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const Rope a) {
         x1.item[i] = narrow<T>(turned.first);
         x2.item[i] = narrow<T>(turned.second);
       }
-      store<kVector>(at, x1);
-      store<kVector>(at + a.half, x2);
+      store<kVector>(to, x1);
+      store<kVector>(to + a.half, x2);
     }
   }
 }

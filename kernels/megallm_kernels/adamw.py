@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megallm_kernels.adamw_plan import COLUMNS, AdamWPlan, log_beta
+from megallm_kernels.adamw_plan import COLUMNS, AdamWPlan, check_scalars, log_beta
 
 _GRADIENT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _COPY_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -120,7 +120,7 @@ def adamw_kernel(
         eps = tl.cast(eps, tl.float32)
         for offset in range(0, tl.minimum(end - start, CHUNK).to(tl.int32), BLOCK):
             element = start + offset
-            if (flags >= 2) & (element >= first) & (element + BLOCK <= end):
+            if ((flags & 2) != 0) & (element >= first) & (element + BLOCK <= end):
                 _update_block(
                     params, grads, exp_avgs, exp_avg_sqs, copies, element, first, end, scale, keep, rate, root_scale,
                     weight1, weight2, eps, COPY is not None, BLOCK, True,
@@ -145,14 +145,22 @@ def adamw_(
     """Updates params, both moments, the copies and `step` in place; the plan to pass as `previous` next time.
 
     step (fp32, updates done so far), learning_rate, grad_divisor and is_bad are 0-d tensors on the device, so that they
-    may change under a captured graph. See `AdamWPlan.build` for the lists.
+    may change under a captured graph; the plan is made by one step before the capture. See `AdamWPlan.build`.
     """
     lists = (params, grads, exp_avgs, exp_avg_sqs, copies)
     made = AdamWPlan.renewed(previous, lists, decayed)
-    update(
-        params, grads, exp_avgs, exp_avg_sqs, list(copies), step, learning_rate, grad_divisor, is_bad, made.table,
-        made.chunks, made.ticket, made.host_table, beta1, beta2, eps, weight_decay,
+    if torch.compiler.is_compiling():  # a graph must name what is written
+        update(
+            params, grads, exp_avgs, exp_avg_sqs, list(copies), step, learning_rate, grad_divisor, is_bad, made.table,
+            made.chunks, made.ticket, made.host_table, beta1, beta2, eps, weight_decay,
+        )  # fmt: skip
+        return made
+    check_scalars(made.table.device, step, learning_rate, grad_divisor, is_bad)
+    launch_adamw(
+        made, step, learning_rate, grad_divisor, is_bad, gradient=grads[0].dtype if grads else torch.float32,
+        copy=copies[0].dtype if copies else None, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
     )  # fmt: skip
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *copies, step])
     return made
 
 
@@ -165,12 +173,13 @@ def launch_adamw(
     if not len(made.chunks):
         step.add_(is_bad == 0)
         return
-    adamw_kernel[(len(made.chunks),)](
-        made.table, made.chunks, made.ticket, step, learning_rate, grad_divisor, is_bad,
-        log_beta(beta1), log_beta(beta2), 1 - beta1, 1 - beta2, eps, weight_decay,
-        GRADIENT=_GRADIENT_TYPES[gradient], COPY=None if copy is None else _COPY_TYPES[copy], COLUMNS=COLUMNS,
-        CHUNK=made.launch.chunk, BLOCK=made.launch.block, num_warps=made.launch.num_warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(made.table):  # Triton launches on the current GPU
+        adamw_kernel[(len(made.chunks),)](
+            made.table, made.chunks, made.ticket, step, learning_rate, grad_divisor, is_bad,
+            log_beta(beta1), log_beta(beta2), 1 - beta1, 1 - beta2, eps, weight_decay,
+            GRADIENT=_GRADIENT_TYPES[gradient], COPY=None if copy is None else _COPY_TYPES[copy], COLUMNS=COLUMNS,
+            CHUNK=made.launch.chunk, BLOCK=made.launch.block, num_warps=made.launch.num_warps,
+        )  # fmt: skip
 
 
 @torch.library.custom_op(

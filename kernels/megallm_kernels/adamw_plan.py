@@ -22,6 +22,8 @@ from megallm_kernels.device import target_of
 COLUMNS = 8
 """Of the table of addresses: param, grad, exp_avg, exp_avg_sq, copy (0 = none), first element, end, flags."""
 _DECAYED, _ALIGNED = 1, 2
+_GRADIENT_SHIFT, _COPY_SHIFT = 2, 4
+"""Flags hold the numbers (in GRADIENT_DTYPES) of the gradient's and the copy's dtype from these bits on."""
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COPY_DTYPES = (torch.bfloat16, torch.float16)
 _VECTOR = 4
@@ -84,7 +86,15 @@ class AdamWPlan:
 
         params, exp_avgs, exp_avg_sqs fp32; grads fp32, bf16 or fp16; copies (none, or one for each) bf16 or fp16.
         `decayed`: which tensors weight decay applies to; None = all.
+        Not while a CUDA graph is captured: its replays would copy the tables again, out of memory freed since. One
+        step before the capture makes the plan that captured steps are given as `previous`.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "AdamW's tables would be made inside a captured CUDA graph, whose replays copy them from memory that "
+                "is free by then: take one warm-up step before the capture, and pass the plan it returns with tensors "
+                "that stay where they are"
+            )
         lists = (params, grads, exp_avgs, exp_avg_sqs, copies)
         _check(lists, decayed)
         host_table = _table_of(lists, decayed)
@@ -114,7 +124,7 @@ class AdamWPlan:
 
         ValueError if a scalar (step, learning_rate, grad_divisor, is_bad) is not one number on the plan's device.
         """
-        _check_scalars(table.device, *scalars)
+        check_scalars(table.device, *scalars)
         if not _is_table_of(host_table, lists):
             return cls.build(*lists, decayed=[bool(row[7] & _DECAYED) for row in host_table.tolist()])
         target = target_of(table)
@@ -125,7 +135,7 @@ class AdamWPlan:
         self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], exp_avgs: Sequence[torch.Tensor],
         exp_avg_sqs: Sequence[torch.Tensor], copies: Sequence[torch.Tensor] = (),
     ) -> bool:  # fmt: skip
-        """Whether these are the tensors, at the addresses and of the lengths, that the plan was made for."""
+        """Whether these are the tensors (addresses, lengths and dtypes) that the plan was made for."""
         return _is_table_of(self.host_table, (params, grads, exp_avgs, exp_avg_sqs, copies))
 
 
@@ -149,7 +159,8 @@ def _check(lists: Lists, decayed: Sequence[bool] | None) -> None:
                 )
 
 
-def _check_scalars(device: torch.device, *scalars: torch.Tensor) -> None:
+def check_scalars(device: torch.device, *scalars: torch.Tensor) -> None:
+    """ValueError unless step, learning_rate, grad_divisor and is_bad are one number each on `device`, step in fp32."""
     names = ("step", "learning_rate", "grad_divisor", "is_bad")
     for name, scalar in zip(names, scalars, strict=True):
         if scalar.numel() != 1 or scalar.device != device:
@@ -160,16 +171,18 @@ def _check_scalars(device: torch.device, *scalars: torch.Tensor) -> None:
 
 
 def _table_of(lists: Lists, decayed: Sequence[bool] | None) -> torch.Tensor:
-    params = lists[0]
-    table = torch.zeros((len(params), COLUMNS), dtype=torch.int64)
+    params, grads, *_, copies = lists
+    dtypes = GRADIENT_DTYPES.index(grads[0].dtype) << _GRADIENT_SHIFT if grads else 0
+    if copies:
+        dtypes |= GRADIENT_DTYPES.index(copies[0].dtype) << _COPY_SHIFT
+    rows = []
     for i, param in enumerate(params):
         tensors = [each[i] for each in lists if each]
         shift = _common_shift(tensors)
         addresses = [t.data_ptr() - (shift or 0) * t.element_size() for t in tensors] + [0]
-        flags = _DECAYED * int(decayed is None or decayed[i]) + _ALIGNED * int(shift is not None)
-        edges = [shift or 0, (shift or 0) + param.numel(), flags]
-        table[i] = torch.tensor(addresses[:5] + edges, dtype=torch.int64)
-    return table
+        flags = _DECAYED * int(decayed is None or decayed[i]) + _ALIGNED * int(shift is not None) + dtypes
+        rows.append([*addresses[:5], shift or 0, (shift or 0) + param.numel(), flags])
+    return torch.tensor(rows, dtype=torch.int64).view(-1, COLUMNS)
 
 
 def _common_shift(tensors: Sequence[torch.Tensor]) -> int | None:
@@ -179,16 +192,28 @@ def _common_shift(tensors: Sequence[torch.Tensor]) -> int | None:
 
 
 def _is_table_of(table: torch.Tensor, lists: Lists) -> bool:
+    """Whether the addresses, lengths and dtypes are those of `lists`. Runs every step: by whole lists, for speed."""
     params, *_, copies = lists
-    rows = table.tolist()
-    if len(rows) != len(params) or (not copies and any(row[4] for row in rows)):
+    if len(table) != len(params):
         return False
-    for i, row in enumerate(rows):
-        if row[6] - row[5] != params[i].numel():
+    if not params:
+        return True
+    *addresses, firsts, ends, flags = table.t().tolist()
+    if not copies and any(addresses[4]):
+        return False
+    lengths = [end - first for first, end in zip(firsts, ends, strict=True)]
+    gradient, copy = (GRADIENT_DTYPES[flags[0] >> shift & 3] for shift in (_GRADIENT_SHIFT, _COPY_SHIFT))
+    for tensors, column, dtype in zip(
+        lists, addresses, (torch.float32, gradient, torch.float32, torch.float32, copy), strict=True
+    ):
+        if not tensors and tensors is copies:
+            continue
+        if {t.dtype for t in tensors} != {dtype} or [t.numel() for t in tensors] != lengths:
             return False
-        for tensors, address in zip(lists, row, strict=False):
-            if tensors and tensors[i].data_ptr() - row[5] * tensors[i].element_size() != address:
-                return False
+        size = dtype.itemsize
+        expected = [address + size * first for address, first in zip(column, firsts, strict=True)]
+        if [t.data_ptr() for t in tensors] != expected or not all(t.is_contiguous() for t in tensors):
+            return False
     return True
 
 

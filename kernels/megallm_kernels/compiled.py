@@ -5,7 +5,7 @@
     compiled_rope, _rope_    rope, rope_              a new tensor; in place        the first is differentiable
     compiled_adamw_          adamw_                   over the same tables: an AdamWPlan serves both
 
-`why_absent()` says whether they can run. Needs no triton.
+`why_absent(device)` says whether they can run. Needs no triton.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from megallm_kernels import compiled_part
-from megallm_kernels.adamw_plan import AdamWPlan, log_beta
+from megallm_kernels.adamw_plan import AdamWPlan, check_scalars, log_beta
 from megallm_kernels.compiled_part import load
 
 
-def why_absent() -> str | None:
-    """Why the operators cannot run; None if the compiled part is there."""
-    return load().reason or None
+def why_absent(device: torch.device | None = None) -> str | None:
+    """Why the operators cannot run; None if the compiled part is there and, where `device` is given, runs on it."""
+    return load().reason or None if device is None else compiled_part.why_not_on(device)
 
 
 @torch.library.custom_op("megallm_kernels::compiled_rms_norm", mutates_args=())
@@ -111,8 +111,12 @@ def rope(
     cu_seqlens: torch.Tensor | None = None, conjugate: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """x [T, h, D] rotated, a new contiguous tensor. Differentiable in x."""
-    out = x.clone(memory_format=torch.contiguous_format)
-    compiled_part.rotate_(out, cos, sin, positions, cu_seqlens, conjugate=conjugate)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rotary_dim = 2 * cos.size(-1)
+    if rotary_dim < x.size(-1):
+        out[..., rotary_dim:] = x[..., rotary_dim:]
+    compiled_part.rotate(x, out, cos, sin, positions, cu_seqlens, conjugate=conjugate)
     return out
 
 
@@ -122,7 +126,7 @@ def rope_(
     cu_seqlens: torch.Tensor | None = None, conjugate: bool = False,
 ) -> None:  # fmt: skip
     """Rotates x [T, h, D] in place; unit stride along D. Not differentiable: the caller's Function undoes it."""
-    compiled_part.rotate_(x, cos, sin, positions, cu_seqlens, conjugate=conjugate)
+    compiled_part.rotate(x, x, cos, sin, positions, cu_seqlens, conjugate=conjugate)
 
 
 @rope.register_fake
@@ -163,11 +167,38 @@ def adamw_(
     """`megallm_kernels.adamw.adamw_` with the compiled kernel: the plan to pass as `previous` next time."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, copies)
     made = AdamWPlan.renewed(previous, lists, decayed)
-    adamw_update(
-        params, grads, exp_avgs, exp_avg_sqs, list(copies), step, learning_rate, grad_divisor, is_bad, made.table,
-        made.chunks, made.ticket, made.host_table, beta1, beta2, eps, weight_decay,
+    if torch.compiler.is_compiling():  # a graph must name what is written
+        adamw_update(
+            params, grads, exp_avgs, exp_avg_sqs, list(copies), step, learning_rate, grad_divisor, is_bad, made.table,
+            made.chunks, made.ticket, made.host_table, beta1, beta2, eps, weight_decay,
+        )  # fmt: skip
+        return made
+    check_scalars(made.table.device, step, learning_rate, grad_divisor, is_bad)
+    _launch_adamw(
+        made, step, learning_rate, grad_divisor, is_bad, grads=grads, copies=copies, beta1=beta1, beta2=beta2, eps=eps,
+        weight_decay=weight_decay,
     )  # fmt: skip
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *copies, step])
     return made
+
+
+def _launch_adamw(
+    made: AdamWPlan, step: torch.Tensor, learning_rate: torch.Tensor, grad_divisor: torch.Tensor,
+    is_bad: torch.Tensor, *, grads: Sequence[torch.Tensor], copies: Sequence[torch.Tensor], beta1: float, beta2: float,
+    eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    if not len(made.chunks):
+        step.add_(is_bad == 0)
+        return
+    learning_rate, grad_divisor, is_bad = (t.float() for t in (learning_rate, grad_divisor, is_bad))
+    compiled_part.run(
+        "adamw", made.table.device, table=made.table.data_ptr(), chunks=made.chunks.data_ptr(),
+        ticket=made.ticket.data_ptr(), step=step.data_ptr(), learning_rate=learning_rate.data_ptr(),
+        grad_divisor=grad_divisor.data_ptr(), is_bad=is_bad.data_ptr(), num_chunks=len(made.chunks),
+        chunk=made.launch.chunk, log_beta1=log_beta(beta1), log_beta2=log_beta(beta2), weight1=1 - beta1,
+        weight2=1 - beta2, eps=eps, weight_decay=weight_decay, grad_dtype=compiled_part.DTYPE_CODES[grads[0].dtype],
+        copy_dtype=compiled_part.DTYPE_CODES[copies[0].dtype] if copies else compiled_part.NO_DTYPE,
+    )  # fmt: skip
 
 
 @torch.library.custom_op(
@@ -183,17 +214,9 @@ def adamw_update(
     lists = (params, grads, exp_avgs, exp_avg_sqs, copies)
     scalars = (step, learning_rate, grad_divisor, is_bad)
     made = AdamWPlan.of_tensors(lists, scalars, table, chunks, ticket, host_table)
-    if not len(made.chunks):
-        step.add_(is_bad == 0)
-        return
-    learning_rate, grad_divisor, is_bad = (t.float() for t in scalars[1:])
-    compiled_part.run(
-        "adamw", made.table.device, table=made.table.data_ptr(), chunks=made.chunks.data_ptr(),
-        ticket=made.ticket.data_ptr(), step=step.data_ptr(), learning_rate=learning_rate.data_ptr(),
-        grad_divisor=grad_divisor.data_ptr(), is_bad=is_bad.data_ptr(), num_chunks=len(made.chunks),
-        chunk=made.launch.chunk, log_beta1=log_beta(beta1), log_beta2=log_beta(beta2), weight1=1 - beta1,
-        weight2=1 - beta2, eps=eps, weight_decay=weight_decay, grad_dtype=compiled_part.DTYPE_CODES[grads[0].dtype],
-        copy_dtype=compiled_part.DTYPE_CODES[copies[0].dtype] if copies else compiled_part.NO_DTYPE,
+    _launch_adamw(
+        made, step, learning_rate, grad_divisor, is_bad, grads=grads, copies=copies, beta1=beta1, beta2=beta2, eps=eps,
+        weight_decay=weight_decay,
     )  # fmt: skip
 
 

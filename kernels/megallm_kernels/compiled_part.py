@@ -50,6 +50,31 @@ def load() -> CompiledPart:
         return CompiledPart(module=None, reason=f"{MODULE} was built and does not load: {error}")
 
 
+def why_not_on(device: torch.device) -> str | None:
+    """Why the compiled kernels cannot run on this GPU; None if they can. CPU tensors take plain loops."""
+    part = load()
+    if part.module is None:
+        return part.reason
+    return _why_not_on_gpu(part.module, _index_of(device)) if device.type == "cuda" else None
+
+
+def covers(code: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability can run `code`, such as "sm_80:sm_90a:compute_90".
+
+    Machine code runs on later minor versions of its major version, with `a` on its very version; PTX (compute_) runs on
+    every later version.
+    """
+
+    def runs(name: str) -> bool:
+        kind, number = name.split("_")
+        built = divmod(int(number.rstrip("af")), 10)
+        if number.endswith("a"):
+            return built == capability
+        return built <= capability and (kind == "compute" or built[0] == capability[0])
+
+    return any(runs(name) for name in code.split(":"))
+
+
 def rms_norm_forward(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -80,13 +105,15 @@ def rms_norm_backward(
     _check_norm(x, weight, dy=dy, dnew_residual=dnew_residual)
     hidden, num_rows = x.size(-1), rstd.numel()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight = weight.new_zeros(hidden if needs_dweight else 0)
+    dweight = weight.new_empty(hidden if needs_dweight else 0)
     if dx.numel() == 0:
-        return dx, dweight
+        return dx, dweight.zero_()
     code = DTYPE_CODES[x.dtype]
-    num_partials = _module().rms_norm_partials(
-        rows=num_rows, hidden=hidden, dtype=code, num_multiprocessors=target_of(x).num_sms
-    )
+    with torch.cuda.device_of(x):
+        num_partials = _module().rms_norm_partials(
+            rows=num_rows, hidden=hidden, dtype=code, weight_dtype=DTYPE_CODES[weight.dtype],
+            num_multiprocessors=target_of(x).num_sms, device=_index_of(x.device) if x.is_cuda else -1,
+        )  # fmt: skip
     partial = torch.empty((num_partials, hidden), dtype=torch.float32, device=x.device) if needs_dweight else None
     rows, drows = as_rows(x), as_rows(dy)
     dres = None if dnew_residual is None else as_rows(dnew_residual)
@@ -101,11 +128,14 @@ def rms_norm_backward(
     return dx, dweight
 
 
-def rotate_(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None = None,
+def rotate(
+    x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None, *, conjugate: bool = False,
 ) -> None:  # fmt: skip
-    """Rotates the first R = 2 cos.size(1) elements of every head of x [T, h, D] in place; see megallm_kernels.rope."""
+    """Writes the first R = 2 cos.size(1) elements of every head of x [T, h, D], rotated, into out (which may be x).
+
+    Both with unit stride along D. See megallm_kernels.rope.
+    """
     _check_rope(x, cos, sin, positions, cu_seqlens)
     num_tokens, num_heads, _ = x.shape
     if x.numel() == 0 or cos.size(1) == 0:
@@ -114,11 +144,30 @@ def rotate_(
     where = None if positions is None else positions.long().contiguous()
     documents = None if cu_seqlens is None else cu_seqlens.int().contiguous()
     run(
-        "rope", x.device, x=_address(x), cos=_address(cos), sin=_address(sin), positions=_address(where),
-        cu_seqlens=_address(documents), tokens=num_tokens, heads=num_heads, half=cos.size(1),
-        documents=0 if documents is None else documents.numel() - 1, token_stride=x.stride(0), head_stride=x.stride(1),
-        dtype=DTYPE_CODES[x.dtype], conjugate=conjugate,
+        "rope", x.device, x=_address(x), out=_address(out), cos=_address(cos), sin=_address(sin),
+        positions=_address(where), cu_seqlens=_address(documents), tokens=num_tokens, heads=num_heads,
+        half=cos.size(1), rows=cos.size(0), documents=0 if documents is None else documents.numel() - 1,
+        strides=x.stride()[:2], out_strides=out.stride()[:2], dtype=DTYPE_CODES[x.dtype], conjugate=conjugate,
     )  # fmt: skip
+
+
+def _index_of(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache
+def _why_not_on_gpu(module: Any, index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if not covers(module.CODE, (major, minor)):
+        how = f"build again with MEGALLM_CUDA_ARCHS={major}{minor}"
+        built = module.CODE.replace(":", ", ")
+        return f"{MODULE} was built for {built}, GPU {index} has compute capability {major}.{minor}: {how}"
+    try:
+        with torch.cuda.device(index):
+            module.check_runs(index)
+    except RuntimeError as error:
+        return f"{MODULE} was built and does not run here: {error}"
+    return None
 
 
 def _module() -> Any:
@@ -129,7 +178,11 @@ def _module() -> Any:
 
 
 def run(name: str, device: torch.device, **arguments: Any) -> None:
-    """Calls the module's function on the stream that torch uses now. The arguments' tensors must still be alive."""
+    """Calls the module's function on the stream that torch uses now. The arguments' tensors must still be alive.
+
+    They may die, copies made for this call (`contiguous()`, `float()`) among them, as soon as it returns, which is
+    before the kernel ran: torch's allocator gives their memory to later work of the same stream only.
+    """
     function = getattr(_module(), name)
     if device.type == "cpu":
         function(**arguments, device=-1, stream=0)

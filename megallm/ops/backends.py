@@ -117,7 +117,7 @@ def refusal(case: Case, name: str) -> str | None:
     if case.dtype == torch.float64:
         return "it has no fp64 form"
     if name == "cuda":
-        return _compiled_refusal() or _length_refusal(case)
+        return _compiled_refusal(case.device) or _length_refusal(case)
     if case.dtype == torch.float32 and name == "flash-attn":
         return "it takes fp16 and bf16 only"
     return package_refusal(name)
@@ -156,10 +156,10 @@ def _is_interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def _compiled_refusal() -> str | None:
+def _compiled_refusal(device: torch.device) -> str | None:
     from megallm_kernels import compiled
 
-    return compiled.why_absent()
+    return compiled.why_absent(device)
 
 
 @cache

@@ -226,6 +226,58 @@ def test_a_plan_is_kept_until_memory_moves() -> None:
     compare(moved, expected, steps=1)
 
 
+@pytest.mark.parametrize("which", range(5))
+def test_a_plan_is_of_its_dtypes(which: int) -> None:
+    """Memory that now holds another dtype, element for element at the same addresses."""
+    s = state([4, 8], grad=torch.bfloat16, copy=torch.bfloat16)
+    plan = AdamWPlan.build(*s.lists)
+    lists: list[Any] = list(s.lists)
+    lists[which] = [t.view(torch.float16 if t.dtype == torch.bfloat16 else torch.int32) for t in lists[which]]
+    assert plan.fits(*s.lists) and not plan.fits(*lists)
+
+
+@pytest.mark.parametrize("operator", [False, True])
+def test_gradients_of_another_dtype_at_the_same_address_make_a_new_plan(operator: bool) -> None:
+    s = state([5, 300], grad=torch.bfloat16)
+    values, plan = scalars(), AdamWPlan.build(*s.lists)
+    for g in s.grads:
+        g.view(torch.float16).copy_(g.clone())
+    s.grads = [g.view(torch.float16) for g in s.grads]
+    expected = expect(s, [True, True], [1e-2], divisor=1.0)
+    if operator:
+        adamw.update(*s.lists, *values.values(), *tables(plan), *SETTINGS.values())
+    else:
+        assert adamw_(plan, *s.lists, **values, **SETTINGS) is not plan
+    compare(s, expected, steps=1)
+
+
+def test_a_plan_is_not_of_tensors_with_gaps() -> None:
+    s = state([8])
+    s.grads[0] = torch.zeros(16)[:8]
+    plan = AdamWPlan.build(*s.lists)
+    s.grads[0] = s.grads[0].as_strided((8,), (2,))
+    assert not plan.fits(*s.lists)
+
+
+def test_the_tensors_are_marked_as_written() -> None:
+    s, values = state([3], copy=torch.bfloat16), scalars()
+    written = [s.params[0], s.exp_avgs[0], s.exp_avg_sqs[0], s.copies[0], values["step"]]
+    before = [t._version for t in written]
+    adamw_(None, *s.lists, **values, **SETTINGS)
+    assert all(t._version > version for t, version in zip(written, before, strict=True))
+    assert s.grads[0]._version == 0
+
+
+def test_a_captured_graph_takes_a_plan_made_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = state([3])
+    plan = adamw_(None, *s.lists, **scalars(), **SETTINGS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert adamw_(plan, *s.lists, **scalars(), **SETTINGS) is plan
+    with pytest.raises(ValueError, match="one warm-up step before the capture"):
+        adamw_(plan, *clones(s).lists, **scalars(), **SETTINGS)
+
+
 @pytest.mark.parametrize("sizes", [(), (0,), (0, 0)])
 def test_no_elements_still_count_a_step(sizes: tuple[int, ...]) -> None:
     s, values = state(sizes), scalars()
@@ -279,10 +331,12 @@ def test_scalars_that_do_not_fit_are_refused() -> None:
         adamw_(None, *s.lists, **scalars(), **(SETTINGS | {"beta1": 1.0}))
 
 
+def tables(plan: AdamWPlan) -> tuple[torch.Tensor, ...]:
+    return plan.table, plan.chunks, plan.ticket, plan.host_table
+
+
 def operands(s: State) -> tuple[Any, ...]:
-    plan = AdamWPlan.build(*s.lists)
-    tables = (plan.table, plan.chunks, plan.ticket, plan.host_table)
-    return (*s.lists, *scalars().values(), *tables, *SETTINGS.values())
+    return (*s.lists, *scalars().values(), *tables(AdamWPlan.build(*s.lists)), *SETTINGS.values())
 
 
 def test_opcheck() -> None:
@@ -364,7 +418,7 @@ def test_aligned_blocks_take_wide_accesses() -> None:
     for line in done.stdout.splitlines():
         name, *counts = line.split(",")
         loads_and_stores[name] = [int(n) for n in counts]
-    table_loads = 7  # four addresses, first element, end, flags: int64 each; the address of the copies if there are any
+    table_loads = 6  # four addresses, first element, end (int64; of flags the low half); the copies' address if any
     assert loads_and_stores == {
         "grad fp32 copy None": [table_loads, 8, 0, 6],
         "grad fp32 copy bf16": [table_loads + 1, 8, 2, 6],

@@ -111,12 +111,16 @@ def test_empty_rows_launch_nothing(shape: tuple[int, int]) -> None:
     x, weight = torch.zeros(shape, requires_grad=True), torch.ones(shape[1], requires_grad=True)
     y, _ = compiled.rms_norm(x, weight, EPS)
     y.sum().backward()
-    assert y.shape == shape and weight.grad is not None and not weight.grad.any()
+    assert y.shape == shape and weight.grad is not None and torch.equal(weight.grad, torch.zeros(shape[1]))
 
 
 def tables(rows: int, half: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     angle = torch.arange(rows)[:, None] * 10000.0 ** (-torch.arange(half) / max(half, 1))
     return angle.cos().to(device), angle.sin().to(device)
+
+
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    compiled_part.rotate(x, x, cos, sin)
 
 
 def rope64(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -148,6 +152,21 @@ def test_rope_rows_come_from_positions_or_documents(device: str) -> None:
     documents = torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=device)  # one empty, two tokens past the end
     rows = torch.tensor([0, 1, 2, 0, 1, 2, 3], device=device)
     assert_close(compiled.rope(x, cos, sin, None, documents), rope64(x, cos, sin, rows), terms=4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_position_without_a_row_gives_nan(device: str) -> None:
+    x, (cos, sin) = random(4, 2, 8, device=device), tables(5, 4, device)
+    y = compiled.rope(x, cos, sin, torch.tensor([4, 5, -1, 0], device=device))
+    assert y[1:3].isnan().all() and not y[::3].isnan().any()
+
+
+def test_a_new_tensor_keeps_what_is_not_rotated_of_strided_input() -> None:
+    x, (cos, sin) = random(3, 6, 10)[:, 1:4].transpose(1, 2).contiguous().transpose(1, 2), tables(3, 2)
+    before = x.clone()
+    y = compiled.rope(x, cos, sin)
+    assert y.is_contiguous() and torch.equal(x, before)
+    assert_close(y, rope64(x, cos, sin, torch.arange(3)), terms=4)
 
 
 def test_rope_s_gradient_turns_back() -> None:
@@ -189,6 +208,18 @@ def test_adamw_is_the_specification_s(grad: torch.dtype, copy: torch.dtype | Non
         if copy is not None:
             assert torch.equal(given[4][i], given[0][i].to(copy))
     assert given[5].item() == 3 and given[11].item() == 0
+
+
+def test_adamw_keeps_its_plan_and_counts_steps() -> None:
+    *lists, step, learning_rate, divisor, is_bad = adamw_arguments("cpu", torch.bfloat16, torch.bfloat16)[:9]
+    arguments: dict[str, Any]
+    arguments = {"step": step, "learning_rate": learning_rate, "grad_divisor": divisor, "is_bad": is_bad}
+    arguments |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+    version, plan = lists[0][0]._version, compiled.adamw_(None, *lists, **arguments)
+    assert compiled.adamw_(plan, *lists, **arguments) is plan
+    assert step.item() == 4 and lists[0][0]._version > version
+    lists[1] = [g.view(torch.float16) for g in lists[1]]
+    assert compiled.adamw_(plan, *lists, **arguments) is not plan
 
 
 def test_a_bad_adamw_step_changes_nothing() -> None:
@@ -234,9 +265,9 @@ def test_the_operators_compile_into_a_full_graph() -> None:
         (lambda: compiled_part.rms_norm_forward(torch.ones(2, 4), torch.ones(3), EPS), r"weight \(3,\) on cpu"),
         (lambda: compiled_part.rms_norm_forward(torch.ones(2, 4).double(), torch.ones(4), EPS), "takes fp32, fp16"),
         (lambda: compiled_part.rms_norm_forward(torch.ones(2, 20000), torch.ones(20000), EPS), "hidden is 20000"),
-        (lambda: compiled_part.rotate_(torch.ones(2, 3), *tables(2, 2)), "rope takes x"),
-        (lambda: compiled_part.rotate_(torch.ones(2, 3, 8)[..., ::2], *tables(2, 2)), "unit stride"),
-        (lambda: compiled_part.rotate_(torch.ones(3, 1, 4), *tables(2, 2)), "2 rows for 3 tokens"),
+        (lambda: rotate_(torch.ones(2, 3), *tables(2, 2)), "rope takes x"),
+        (lambda: rotate_(torch.ones(2, 3, 8)[..., ::2], *tables(2, 2)), "unit stride"),
+        (lambda: rotate_(torch.ones(3, 1, 4), *tables(2, 2)), "2 rows for 3 tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused(call: Any, message: str) -> None:
