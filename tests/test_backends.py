@@ -148,6 +148,14 @@ def test_layouts_learn_the_same_on_triton_kernels(case: Case) -> None:
         assert_same(fused, plain)
 
 
+@pytest.mark.parametrize("forced", [{}, {"rms_norm": "triton"}], ids=["torch", "triton"])
+def test_a_wide_residual_is_not_rounded_to_the_dtype_of_what_is_added(forced: dict[str, str]) -> None:
+    x, residual = torch.full((2, 8), 2**-6, dtype=torch.bfloat16), torch.full((2, 8), 3.0)
+    y, total = add_norm(x, residual, torch.ones(8), None, 1e-6, backends=Backends(forced))
+    assert total.dtype == y.dtype == torch.float32
+    assert torch.equal(total, torch.full((2, 8), 3.0 + 2**-6))
+
+
 # -- losses over a vocabulary that is cut ------------------------------------------------------------------------------
 
 T, H, V = 7, 12, 101
@@ -205,6 +213,69 @@ def test_losses_on_every_back_end_match_dense_fp64(world_size: int) -> None:
             assert_close(part[index]["hidden"], dhidden, terms=H + 2 * V, label=f"dhidden {index}")
         whole = torch.cat([part[index]["weight"] for part in parts])
         assert_close(whole, dweight, terms=2 * T + H + V, label=f"dweight {index}")
+
+
+def outlier_case(rank: int, world_size: int, lowest: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and the gradient of the rank's logits where its first column, and others, are `lowest`."""
+    tp = Mesh.build(tp=world_size).tp
+    own = outlier_logits(lowest).chunk(world_size, dim=-1)[tp.rank].clone().requires_grad_()
+    logprobs = VocabLogits(own, vocab_size=10, tp=tp).token_logprobs(torch.tensor([1, 7, 9, 2]))
+    logprobs.sum().backward()
+    assert own.grad is not None
+    return logprobs.detach(), own.grad
+
+
+def outlier_logits(lowest: float) -> torch.Tensor:
+    logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(1))
+    logits[:, 5], logits[0, 0], logits[3, 4] = lowest, lowest, lowest
+    return logits
+
+
+@pytest.mark.parametrize("lowest", [float("-inf"), -1e30, -1e5])
+def test_very_negative_logits_do_not_disturb_the_others_on_any_rank(lowest: float) -> None:
+    wide = outlier_logits(lowest).double().requires_grad_()
+    expected = wide.log_softmax(-1).gather(1, torch.tensor([[1], [7], [9], [2]])).squeeze(1)
+    expected.sum().backward()
+    assert wide.grad is not None
+    parts = run_ranks(outlier_case, 2, lowest)
+    for logprobs, _ in parts:
+        assert_close(logprobs, expected.detach(), terms=10)
+    assert_close(torch.cat([grad for _, grad in parts], dim=1), wide.grad, terms=10)
+
+
+def head_output(forced: dict[str, str]) -> tuple[torch.Tensor, VocabLogits]:
+    tp = Mesh.build().tp
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(T, H, generator=generator).requires_grad_()
+    weight = torch.nn.Parameter(torch.randn(V, H, generator=generator))
+    head = ColumnLinear(weight, None, tp=tp, sequence_parallel=False)
+    return hidden, VocabLogits(None, vocab_size=V, tp=tp, backends=Backends(forced), hidden=hidden, head=head)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_summed_loss_without_gradients_makes_none(mode: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.arange(T)
+    expected = head_output({})[1].summed_cross_entropy(labels).detach()
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("gradients were made")
+
+    monkeypatch.setattr("megallm_kernels.linear_cross_entropy.losses_and_gradients", refuse)
+    with mode():
+        value = head_output({"linear_cross_entropy": "triton"})[1].summed_cross_entropy(labels)
+    assert_close(value, expected, terms=T * (H + V))
+
+
+def test_an_expected_scale_of_zero_does_not_spoil_the_gradient() -> None:
+    labels = torch.arange(T)
+    grads = []
+    for forced in ({}, {"linear_cross_entropy": "triton"}):
+        hidden, output = head_output(forced)
+        output.expected_scale = torch.tensor(0.0)
+        (output.summed_cross_entropy(labels) * 0.75).backward()
+        assert hidden.grad is not None
+        grads.append(hidden.grad)
+    assert_close(grads[1], grads[0], terms=H + 2 * V)
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------

@@ -95,6 +95,17 @@ def test_rms_norm_of_heads_matches_its_reference(dtype: torch.dtype) -> None:
     )
 
 
+@DTYPES
+def test_rms_norm_of_transposed_tokens_matches_its_reference(dtype: torch.dtype) -> None:
+    compare(
+        lambda x, w: rms_norm(x.transpose(0, 1), w, 1e-6),
+        lambda x, w: rms_norm_reference(x.transpose(0, 1), w, 1e-6),
+        [rand(4, 3, 12, dtype=dtype, seed=1), rand(12, dtype=dtype, seed=2)],
+        terms=8,
+        grad_terms=[96, 8 * 12],
+    )
+
+
 @pytest.mark.parametrize("magnitude", [1e-4, 1.0, 1e4])
 def test_rms_norm_statistics_of_bf16_are_fp32(magnitude: float) -> None:
     x = rand(17, 4096, dtype=torch.bfloat16, seed=1) * magnitude

@@ -46,6 +46,9 @@ from megallm_kernels.rows import next_power_of_2
 IGNORE_INDEX = -100
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 """Row maximum before anything was seen: finite, so that differences of maxima are never NaN."""
+NEGLIGIBLE = tl.constexpr(-128.0)
+"""A difference of maxima whose exponential is 0 in fp32: farther ones, such as those to the lowest number of a dtype,
+which masks an id, are cut off here, or their product with a sum would be infinite, and 0 times that NaN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ def _add_tile(x, shown, top, total, plain, weighted, MASKED: tl.constexpr, ENTRO
     e = tl.exp(distance)
     shrink = tl.exp(top - new_top)
     if ENTROPY:
-        weighted = shrink * (weighted + total * (top - new_top))
+        weighted = shrink * (weighted + total * tl.maximum(top - new_top, NEGLIGIBLE))
         weighted += tl.sum(e * tl.where(e == 0, 0.0, distance), axis=2)  # e = 0: x may be -inf
     total = total * shrink + tl.sum(e, axis=2)
     plain += tl.sum(tl.where(shown, x, 0.0) if MASKED else x, axis=2)
@@ -135,7 +138,7 @@ def statistics_kernel(
     tl.store(out + sums_stride, at_label, mask=in_rows)
     tl.store(out + 2 * sums_stride, tl.where(active, tl.sum(plain, axis=1), 0.0), mask=in_rows)
     if ENTROPY:
-        mean = tl.sum(shrink * (weighted + total * below), axis=1)
+        mean = tl.sum(shrink * (weighted + total * tl.maximum(below, NEGLIGIBLE)), axis=1)
         tl.store(out + 3 * sums_stride, tl.where(active, mean, 0.0), mask=in_rows)
 
 
@@ -243,7 +246,7 @@ def rescale_(sums: torch.Tensor, row_max: torch.Tensor, top: torch.Tensor) -> to
     below = row_max - top
     shrink = torch.exp(below)
     if sums.size(0) == 4:
-        sums[3].addcmul_(sums[0], below).mul_(shrink)
+        sums[3].addcmul_(sums[0], below.clamp(min=NEGLIGIBLE.value)).mul_(shrink)
     sums[0].mul_(shrink)
     return sums
 
@@ -257,6 +260,7 @@ def losses(
     if vocab_size < 1:
         raise ValueError(f"vocab_size is {vocab_size}: give the number of ids of all ranks together")
     num_rows, with_entropy = row_max.numel(), sums.size(0) == 4
+    row_max, sums = row_max.contiguous(), _unit_columns(sums)
     loss, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     entropy = row_max.new_empty(num_rows if with_entropy else 0)
     if num_rows:
@@ -291,6 +295,7 @@ def gradient_(
     if logits.numel() == 0:
         return out
     logits = _unit_columns(logits)
+    lse, entropy = lse.contiguous(), None if entropy is None else entropy.contiguous()
     launch = plan(columns, arch=target_of(logits).arch, gradient=True)
     grid = (triton.cdiv(num_rows, launch.rows) * triton.cdiv(columns, launch.block),)
     others = (lse if dlse is None else dlse, lse if dentropy is None else dentropy)

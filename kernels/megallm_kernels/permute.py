@@ -62,6 +62,8 @@ def sort_by_expert(expert_ids: torch.Tensor, num_experts: int, *, multiple: int 
     if num_rows >= 2**31:
         raise ValueError(f"{num_rows} rows do not fit 32-bit row numbers: use fewer tokens per step")
     ids = expert_ids.reshape(-1)
+    if torch.iinfo(ids.dtype).max < num_experts:  # num_experts itself stands for dropped slots
+        ids = ids.int()
     ids = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
     ids = ids.to(torch.int16 if num_experts < 2**15 else torch.int32)  # fewer bits: fewer passes of the radix sort
     experts, order = torch.sort(ids, stable=True)

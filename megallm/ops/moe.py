@@ -25,7 +25,11 @@ def grouped_linear_reference(x: torch.Tensor, weight: torch.Tensor, offsets: tor
 def grouped_linear(
     x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, *, backends: Backends = DEFAULT
 ) -> torch.Tensor:
-    """y [R, out] of x [R, in], weight [E, out, in], offsets [E+1] int32 on the device; on a GPU without a host sync."""
+    """y [R, out] of x [R, in], weight [E, out, in], offsets [E+1] int32 on the device.
+
+    Rows past offsets[E] hold zeros or, from torch's kernel, anything: read none of them. No host sync by triton and by
+    torch's kernel; the reference, which takes what that one refuses (`torch_refusal`), waits for the offsets.
+    """
     if backends.pick("grouped_gemm", x, x.size(-1)) == "triton":
         from megallm_kernels.grouped_gemm import grouped_gemm
 

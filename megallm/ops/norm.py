@@ -64,6 +64,8 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm of the sum, the sum = residual + x), both [..., H]: one pass over memory where the back end fuses them."""
     name = backends.pick("rms_norm" if bias is None else "layer_norm", x, x.size(-1))
+    if x.dtype != residual.dtype:  # the fused forms would round the sum to x's dtype
+        name = "torch"
     if name == "triton":
         from megallm_kernels.norm import add_norm as triton_add_norm
 
@@ -108,8 +110,9 @@ class _RMSNorm(torch.autograd.Function):
         product = unit * dy
         wide_weight = weight.to(unit.dtype)
         # dx = scale (w dy - unit mean(w dy unit));  dw = sum over rows of dy unit
-        mean = torch.mv(product.view(-1, x.size(-1)), wide_weight).div_(x.size(-1)).view(scale.shape)
-        dweight = product.view(-1, x.size(-1)).sum(0).to(weight.dtype)
+        rows = product.reshape(-1, x.size(-1))
+        mean = torch.mv(rows, wide_weight).div_(x.size(-1)).view(scale.shape)
+        dweight = rows.sum(0).to(weight.dtype)
         dx = unit.mul_(mean.neg_()).addcmul_(dy.to(unit.dtype), wide_weight).mul_(scale)
         return dx.to(x.dtype), dweight, None
 

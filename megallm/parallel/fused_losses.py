@@ -88,7 +88,10 @@ class HeadLossSum(torch.autograd.Function):
     ) -> torch.Tensor:
         from megallm_kernels.linear_cross_entropy import losses_and_gradients, token_losses
 
-        scale = torch.ones((), device=hidden.device) if scale is None else scale.float()
+        if scale is None:
+            scale = torch.ones((), device=hidden.device)
+        else:
+            scale = torch.where(scale == 0, 1.0, scale.float())  # backward divides by it
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         head = _head(columns)
         if not needs_hidden and not needs_weight:

@@ -77,7 +77,7 @@ class VocabLogits:
 
     def summed_cross_entropy(self, labels: torch.Tensor) -> torch.Tensor:
         """0-d: the sum of `cross_entropy` over all tokens, the form that can do without the whole logits."""
-        chunked = self._chunked_head()
+        chunked = self._chunked_head() if torch.is_grad_enabled() else None  # without, HeadLogprobs makes no gradients
         if chunked is None:
             return self.cross_entropy(labels).sum()
         hidden, head, columns = chunked
@@ -120,7 +120,9 @@ class _LogProbs(torch.autograd.Function):
         target = local.gather(-1, column).squeeze(-1)
         shift: torch.Tensor | None = None
         if tp.size > 1:
-            own_norm = (logits[:, :1].to(wide) - local[:, :1]).squeeze(-1)  # local logsumexp, [T]
+            # local logsumexp [T], from the largest logit: a very negative one would cancel it out, -inf make it NaN
+            highest, place = logits.max(dim=-1, keepdim=True)
+            own_norm = (highest.to(wide) - local.gather(-1, place)).squeeze(-1)
             target = (target + own_norm).masked_fill_(~mine, 0)  # the label's logit on its rank, 0 elsewhere
             norms, targets = all_gather(torch.stack([own_norm, target]), tp).view(tp.size, 2, -1).unbind(1)
             norm = torch.logsumexp(norms, dim=0)

@@ -93,6 +93,25 @@ def test_minus_infinity_logits_have_no_probability_and_no_gradient() -> None:
     assert x.grad is not None and x.grad.isfinite().all() and (x.grad[hidden] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # in the sum of the logits, which no loss here reads
+def test_ids_masked_by_the_lowest_number_of_a_dtype_leave_the_entropy_of_the_others(
+    dtype: torch.dtype, num_ranks: int
+) -> None:
+    logits, labels = example(11, 600, dtype)
+    logits[:, :300] = torch.finfo(dtype).min  # whole tiles, and all of the first of two ranks
+    labels = labels % 300 + 300
+    expected = reference(logits[:, 300:], labels - 300)
+    parts = []
+    for rank, shard in enumerate(logits.chunk(num_ranks, dim=1)):
+        parts.append(ce.statistics(shard, labels, first_column=rank * 300, with_entropy=True))
+    top = torch.stack([row_max for row_max, _ in parts]).amax(0)
+    sums = torch.stack([ce.rescale_(own, row_max, top) for row_max, own in parts]).sum(0)
+    for value, right in zip(ce.losses(top, sums, labels, vocab_size=600), expected, strict=True):
+        assert_close(value, right, terms=600, magnitude=logits[:, 300:].abs().max().item())
+
+
 def test_gradient_of_a_confident_label_is_not_rounded_to_zero() -> None:
     logits = torch.zeros(1, 64, dtype=torch.bfloat16)
     logits[0, 3] = 13.0
@@ -212,6 +231,19 @@ def test_rows_of_a_wider_buffer_columns_of_a_transpose_and_strided_labels_are_re
             assert torch.equal(value, right)
     ce.gradient_(buffer[:, 20:170], every_second, torch.full((17,), 6.0), torch.ones(17), vocab_size=150)
     assert buffer[:, :20].isnan().all() and buffer[:, 170:].isnan().all() and buffer[:, 20:170].isfinite().all()
+
+
+def test_strided_statistics_are_taken() -> None:
+    logits, labels = example(9, 40)
+    row_max, sums = ce.statistics(logits, labels, with_entropy=True)
+    results = []
+    for change in (lambda t: t, lambda t: torch.stack([t, t + 1], dim=-1)[..., 0]):
+        loss, lse, entropy = ce.losses(change(row_max), change(sums), labels, vocab_size=40)
+        dlogits = logits.clone()
+        ones = torch.ones(9)
+        ce.gradient_(dlogits, labels, change(lse), ones, None, change(entropy), ones, vocab_size=40)
+        results.append((loss, lse, entropy, dlogits))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_int32_labels_are_taken() -> None:

@@ -94,6 +94,15 @@ def test_the_order_is_that_of_a_loop_over_experts(
     assert all(t.dtype == torch.int32 for t in order)
 
 
+@pytest.mark.parametrize(("dtype", "experts"), [(torch.int8, 128), (torch.uint8, 300), (torch.int16, 40000)], ids=str)
+def test_expert_numbers_may_be_of_a_dtype_that_does_not_hold_the_number_of_experts(
+    dtype: torch.dtype, experts: int
+) -> None:
+    ids = torch.tensor([[0, 1], [3, 120], [7, 100]])
+    narrow, wide = (kernel.sort_by_expert(each, experts) for each in (ids.to(dtype), ids))
+    assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+
+
 def test_numbers_past_the_last_expert_are_dropped() -> None:
     order = kernel.sort_by_expert(torch.tensor([[0, 7], [3, 2]]), 3)
     assert order.destination.tolist() == [[0, -1], [-1, 1]] and order.source.tolist() == [0, 3, -1, -1]
