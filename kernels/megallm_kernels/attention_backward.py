@@ -40,6 +40,9 @@ from megallm_kernels.rows import next_power_of_2
 MAX_HEAD_DIM = 256
 """Largest D: a tile of more does not fit the registers."""
 
+MAX_BLOCK = 256
+"""Rows that a descriptor's tile may have."""
+
 CACHE_BYTES = 32 * 2**20
 """What a section of heads may span of the tensors that pass by: A100 (40 MB) and H100 (50 MB) keep it."""
 
@@ -103,6 +106,9 @@ _WIDE_QUERIES: dict[int, _Row] = {
 _CAPPED_BLOCK_M = 32
 """Most queries of a tile of the keys kernel with a softcap, whose derivative takes registers too."""
 
+_CAPPED_BLOCK_N = 64
+"""Most keys of a tile of the queries kernel with a softcap, likewise."""
+
 
 def plan(
     arch: int, head_dim: int, *, element_bytes: int, aligned: bool, deterministic: bool, capped: bool = False
@@ -113,20 +119,22 @@ def plan(
     block_d = max(next_power_of_2(head_dim), 16)
     wide = element_bytes > 2 and arch != 0
     family = 0 if arch == 0 else 90 if 90 <= arch < 100 and aligned and not wide else 80
+    most_queries, most_keys = (_CAPPED_BLOCK_M, _CAPPED_BLOCK_N) if capped else (MAX_BLOCK, MAX_BLOCK)
     if not deterministic and family in _ADDING:
-        return Plan(block_d=block_d, keys=_launch(_ADDING[family], block_d, capped=capped), queries=None)
+        return Plan(block_d=block_d, keys=_launch(_ADDING[family], block_d, block_m=most_queries), queries=None)
     return Plan(
         block_d=block_d,
-        keys=_launch(_WIDE_KEYS if wide else _KEYS[family], block_d, capped=capped),
-        queries=_launch(_WIDE_QUERIES if wide else _QUERIES[family], block_d, capped=False),
+        keys=_launch(_WIDE_KEYS if wide else _KEYS[family], block_d, block_m=most_queries),
+        queries=_launch(_WIDE_QUERIES if wide else _QUERIES[family], block_d, block_n=most_keys),
     )
 
 
-def _launch(rows: dict[int, _Row], block_d: int, *, capped: bool) -> Launch:
-    block_m, block_n, num_warps, num_stages, tma, specialize = next(rows[d] for d in rows if block_d <= d)
+def _launch(rows: dict[int, _Row], block_d: int, *, block_m: int = MAX_BLOCK, block_n: int = MAX_BLOCK) -> Launch:
+    """The row for `block_d`, its tile cut to block_m queries and block_n keys."""
+    most_m, most_n, num_warps, num_stages, tma, specialize = next(rows[d] for d in rows if block_d <= d)
     return Launch(
-        block_m=min(block_m, _CAPPED_BLOCK_M) if capped else block_m, block_n=block_n, num_warps=num_warps,
-        num_stages=num_stages, tma=tma, warp_specialize=specialize,
+        block_m=min(most_m, block_m), block_n=min(most_n, block_n), num_warps=num_warps, num_stages=num_stages,
+        tma=tma, warp_specialize=specialize,
     )  # fmt: skip
 
 

@@ -12,9 +12,10 @@ the longest (the last tile), so that the short ones fill the gaps at the end; he
 values stay in the second-level cache.
 
 sm_90: TMA descriptors and warp_specialize: one warpgroup loads, two compute, each on half of the queries. Triton 3.6
-and 3.9 specialise a kernel with one loop only: there all tiles are masked in one loop, which costs the compare and
-select that the other consumer's products hide. They also split a descriptor made by the host at the wrong place, so
-that of q is made in the kernel; k and v, which both consumers read whole, come by host descriptors [heads, T, D].
+and 3.9 specialise a kernel with one loop only (a second loop, a product outside it or a branch around the mask makes
+them fail or give up): there all tiles are masked in one loop, for a third of its instructions at D = 128. They also
+split a descriptor made by the host at the wrong place, so that of q is made in the kernel; k and v, which both
+consumers read whole, come by host descriptors [heads, T, D].
 Others, and tensors whose address or strides are not multiples of 16 bytes: pointers, cp.async pipelining.
 A descriptor's tile may reach past the end of a sequence: the keys are masked, the values must be finite (0 * NaN).
 
@@ -165,7 +166,10 @@ def _attend(
         if CAPPED:
             s = tanh(s * softcap)
         if MASKED:
-            seen = _visible(query[:, None], (first + column)[None, :], num_keys, window, CAUSAL, WINDOWED)
+            if WARP_SPECIALIZE and not WINDOWED:  # the columns stay constants of the loop: less work, more registers
+                seen = _visible((query - first)[:, None], column[None, :], num_keys - first, window, CAUSAL, WINDOWED)
+            else:
+                seen = _visible(query[:, None], (first + column)[None, :], num_keys, window, CAUSAL, WINDOWED)
             s = tl.where(seen, s, float("-inf"))
         new = tl.maximum(largest, tl.max(s, axis=1) * scale)
         below = new
@@ -235,7 +239,7 @@ def forward_kernel(
                 D, BLOCK_N, BLOCK_D, CAUSAL, WINDOWED, CAPPED, TMA, WARP_SPECIALIZE, part != 1,
             )  # fmt: skip
     seen = total > 0.0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    acc = acc * (1.0 / tl.where(seen, total, 1.0))[:, None]  # a division each would be five instructions
     logarithm = (largest + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453
     token = tl.cast(q_start + row, tl.int64)
     inside = row < length
@@ -326,6 +330,11 @@ def check(
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if offsets is not None and (offsets.dtype != torch.int32 or offsets.dim() != 1 or not offsets.is_contiguous()):
             raise ValueError(f"{name} is {offsets.dtype} {list(offsets.shape)}: expected contiguous int32 [B + 1]")
+    if cu_seqlens_q is not None and cu_seqlens_k is not None and not 0 < cu_seqlens_q.numel() == cu_seqlens_k.numel():
+        raise ValueError(
+            f"cu_seqlens_q has {cu_seqlens_q.numel()} offsets, cu_seqlens_k {cu_seqlens_k.numel()}: give both B + 1 "
+            "offsets, the same one twice where a sequence has no queries or no keys"
+        )
     if cu_seqlens_q is None and (batch_size < 1 or q.size(0) % batch_size or k.size(0) % batch_size):
         raise ValueError(f"{q.size(0)} queries, {k.size(0)} keys are not {batch_size} sequences: give cu_seqlens")
     if window < 0 or (window and not causal):

@@ -126,7 +126,8 @@ def _triton_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window:
     flat = (t.flatten(0, 1) for t in (q, k, v))
     scale = 1.0 / math.sqrt(q.size(-1))
     out, _ = triton_attention(
-        *flat, None, None, batch_size, num_queries, num_keys, True, window, 0.0, scale, False
+        *flat, None, None, batch_size, num_queries, num_keys, True, window, 0.0, scale,
+        torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return out.view(batch_size, num_queries, -1)
 
@@ -169,7 +170,8 @@ class _RotaryAttention(torch.autograd.Function):
             rope_(qkv[:, :num_rotated], cos, sin)
         length = qkv.size(0) // max(batch_size, 1)
         scale = 1.0 / math.sqrt(qkv.size(2))
-        settings = (num_heads, None, None, batch_size, length, length, True, window, 0.0, scale, False)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        settings = (num_heads, None, None, batch_size, length, length, True, window, 0.0, scale, deterministic)
         out, lse = packed_attention(qkv, *settings)
         ctx.save_for_backward(qkv, out, lse, cos, sin)
         ctx.settings, ctx.num_rotated = settings, num_rotated

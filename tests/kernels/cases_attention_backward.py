@@ -12,7 +12,7 @@ _BYTES = {"bf16": 2, "fp32": 4}
 
 
 def cases() -> list[CompileCase]:
-    """D 64, 128 and 256 on both architectures; softcap and window at D = 128; fp32 inputs."""
+    """D 64, 128 and 256 on both architectures; softcap and window where they take most; fp32 inputs."""
     out = []
     for head_dim in (64, 128, 256):
         out += [_keys(80, head_dim, deterministic=True), _queries(80, head_dim)]
@@ -20,6 +20,7 @@ def cases() -> list[CompileCase]:
     for deterministic in (True, False):
         out.append(_keys(90, 128, deterministic=deterministic, capped=True, windowed=True))
     out += [_keys(80, 128, deterministic=True, capped=True, windowed=True)]
+    out += [_queries(90, head_dim, capped=True, windowed=True) for head_dim in (32, 64, 128)]
     for head_dim in (64, 128):
         out += [_keys(80, head_dim, deterministic=True, dtype="fp32"), _queries(80, head_dim, dtype="fp32")]
     return [*out, _prepare(), _convert()]
@@ -35,10 +36,14 @@ def _keys(
     return _attention(kernels.keys_kernel, settings, settings.keys, arch, head_dim, form, dtype)
 
 
-def _queries(arch: int, head_dim: int, *, dtype: str = "bf16") -> CompileCase:
-    settings = planned.plan(arch, head_dim, element_bytes=_BYTES[dtype], aligned=True, deterministic=True)
+def _queries(
+    arch: int, head_dim: int, *, capped: bool = False, windowed: bool = False, dtype: str = "bf16"
+) -> CompileCase:
+    settings = planned.plan(
+        arch, head_dim, element_bytes=_BYTES[dtype], aligned=True, deterministic=True, capped=capped
+    )
     assert settings.queries is not None
-    form = {"CAPPED": False, "WINDOWED": False}
+    form = {"CAPPED": capped, "WINDOWED": windowed}
     return _attention(kernels.queries_kernel, settings, settings.queries, arch, head_dim, form, dtype)
 
 

@@ -239,6 +239,10 @@ def test_shapes_that_do_not_fit_are_refused_in_words() -> None:
         forward(q, k[:, :1].half(), v[:, :1], None, None, **settings)
     with pytest.raises(ValueError, match="int32"):
         forward(q, k[:, :1], v[:, :1], *[torch.tensor([0, 5])] * 2, **settings)
+    offsets = [torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 5], [0, 5], [])]
+    for pair in (offsets[:2], [offsets[2]] * 2):  # offsets read past their end, otherwise
+        with pytest.raises(ValueError, match="give both B [+] 1 offsets"):
+            forward(q, k[:, :1], v[:, :1], *pair, **settings)
     with pytest.raises(ValueError, match="head dim 257"):
         forward(*inputs(5, 5, 1, 1, 257, torch.float32), None, None, **settings)
 

@@ -11,7 +11,11 @@ from kernel_checks import DTYPES, normal, strided
 from test_attention_forward import inputs, reference
 from torch.library import opcheck
 
+from megallm.ops.attention import attention as attention_of_model
+from megallm.ops.attention import rotary_attention
+from megallm.ops.backends import Backends
 from megallm.testing.tolerances import assert_close
+from megallm_kernels import attention_backward as backward_pass
 from megallm_kernels.attention import attention, packed_attention
 
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,6 +106,29 @@ def test_either_result_alone_can_be_differentiated(which: str) -> None:
         actual = torch.autograd.grad(lse, (q, k, v), dlse)
         expected = expected_gradients((q, k, v), torch.zeros_like(dout), dlse, [0, 20])
     compare(actual, expected, 20)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_deterministic_algorithms_give_the_pass_without_atomics(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    backward = backward_pass.backward
+
+    def spy(*args: Any, deterministic: bool, **kwargs: Any) -> None:
+        seen.append(deterministic)
+        backward(*args, deterministic=deterministic, **kwargs)
+
+    monkeypatch.setattr(backward_pass, "backward", spy)
+    backends = Backends({"attention": "triton"})
+    qkv = normal(12, 4, 16, dtype=torch.float32, seed=3).requires_grad_()
+    q, k, v = (x.unsqueeze(0) for x in qkv.split([2, 1, 1], dim=1))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(asked)
+    try:
+        packed = rotary_attention(qkv, None, num_heads=2, batch_size=1, backends=backends)
+        (packed.sum() + attention_of_model(q, k, v, backends=backends).sum()).backward()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert seen == [asked, asked]
 
 
 def test_operators_pass_opcheck() -> None:
