@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from training_cases import MODELS, Case, make_engine, own_batch
 
 from megallm.config.backends import BACKENDS, parse_backends
+from megallm.model.fused import check_backends, fused_choices
+from megallm.ops import backends as backends_module
 from megallm.ops.activation import gated
 from megallm.ops.attention import rotary_attention
 from megallm.ops.backends import Backends, choose, refusal
@@ -17,6 +24,7 @@ from megallm.parallel.linear import ColumnLinear
 from megallm.parallel.logprobs import VocabLogits
 from megallm.parallel.mesh import Mesh
 from megallm.testing.pool import run_ranks
+from megallm.testing.tiny import tiny_config
 from megallm.testing.tolerances import assert_close
 from megallm.trainers.losses import language_model_loss
 
@@ -278,6 +286,64 @@ def test_an_expected_scale_of_zero_does_not_spoil_the_gradient() -> None:
     assert_close(grads[1], grads[0], terms=H + 2 * V)
 
 
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that packages are imported from."""
+    monkeypatch.syspath_prepend(tmp_path)
+    backends_module._import_error.cache_clear()
+    yield tmp_path
+    backends_module._import_error.cache_clear()
+    for name in [n for n in sys.modules if n.split(".")[0] in ("flash_attn", "apex", "amp_C")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("error", ["ImportError('undefined symbol: x')", "OSError('libcudart.so.12: no such file')"])
+def test_a_broken_package_is_not_called_missing(installed: Path, error: str) -> None:
+    (installed / "flash_attn").mkdir()
+    (installed / "flash_attn" / "__init__.py").write_text(f"raise {error}\n")
+    module, why = backends_module.flash_attention_module(CPU)
+    assert module == "" and why is not None
+    assert "is installed and does not import" in why and error.split("'")[1] in why
+
+
+def test_flash_attention_2_serves_where_4_is_missing(installed: Path) -> None:
+    (installed / "flash_attn").mkdir()
+    (installed / "flash_attn" / "__init__.py").write_text("")
+    assert backends_module.flash_attention_module(CPU) == ("flash_attn", None)
+    (installed / "flash_attn" / "cute.py").write_text("")
+    backends_module._import_error.cache_clear()
+    importlib.invalidate_caches()
+    assert backends_module.flash_attention_module(CPU) == ("flash_attn.cute", None)
+
+
+def test_an_apex_without_its_cuda_parts_is_named_as_the_wrong_one(installed: Path) -> None:
+    assert backends_module.apex_refusal() == "NVIDIA's apex is not installed"
+    (installed / "apex").mkdir()
+    (installed / "apex" / "__init__.py").write_text("")
+    why = backends_module.apex_refusal()
+    assert why is not None and "apex.optimizers" in why and "PyPI's is another project" in why
+
+
+@pytest.mark.parametrize(
+    ("forced", "rope"),
+    [
+        ({"attention": "triton"}, "triton (in place, in front of its attention)"),
+        ({"attention": "triton", "rope": "torch"}, "torch (asked for)"),
+        ({}, "torch (on cpu)"),
+    ],
+)
+def test_what_is_told_beforehand_is_what_runs(forced: dict[str, str], rope: str) -> None:
+    lines: list[str] = []
+    backends = Backends(forced, announce=lines.append)
+    told = fused_choices(MODELS["llama_untied"], backends, tp=1, device=CPU, dtype=torch.float32)
+    assert {case.op: f"{choice.name} ({choice.reason})" for case, choice in told}["rope"] == rope
+    engine = make_engine(Case(model="llama_untied", mbs=8, precision="fp32"), backends=backends)
+    before = list(lines)
+    engine.train_step(own_batch(0, engine.mesh), language_model_loss)
+    assert lines == before, "nothing is left to be chosen while training"
+    assert f"rope: {rope}" in lines or not forced
+
+
 # -- experts -----------------------------------------------------------------------------------------------------------
 
 
@@ -301,12 +367,16 @@ def test_grouped_linear_matches_its_reference(forced: dict[str, str]) -> None:
 
 
 def test_what_a_layer_runs_between_its_products_compiles_without_graph_breaks() -> None:
-    backends = Backends({op: "triton" for op in ("rms_norm", "rope", "attention", "activation")})
+    """With the choices made when the model was built, as an engine does, and nothing run before."""
+    forced = {op: "triton" for op in ("rms_norm", "rope", "attention", "activation")}
+    backends = Backends(forced)
+    config = tiny_config("llama", hidden_size=16, head_dim=16, num_attention_heads=4, num_key_value_heads=1)
+    check_backends(backends, config.replace(intermediate_size=32), tp=1, device=CPU, dtype=torch.float32)
     generator = torch.Generator().manual_seed(4)
     packed, weight = torch.randn(8, 6, 16, generator=generator), torch.randn(16, generator=generator)
     rotary = (torch.randn(8, 8, generator=generator), torch.randn(8, 8, generator=generator))
 
-    def layer(packed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def layer(packed: torch.Tensor, weight: torch.Tensor, backends: Backends) -> torch.Tensor:
         out = rotary_attention(
             packed * 1.0, rotary, num_heads=4, batch_size=2, in_place=True, backends=backends
         ).view(8, 4, 16)
@@ -314,7 +384,8 @@ def test_what_a_layer_runs_between_its_products_compiles_without_graph_breaks() 
         return gated(y.flatten(1), "silu", backends=backends).square().sum() + residual.sum()
 
     inputs = (packed.requires_grad_(), weight.requires_grad_())
-    expected = torch.autograd.grad(layer(*inputs), inputs)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for actual, wanted in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
+    found = torch.autograd.grad(compiled(*inputs, backends), inputs)
+    expected = torch.autograd.grad(layer(*inputs, Backends(forced)), inputs)
+    for actual, wanted in zip(found, expected, strict=True):
         assert torch.equal(actual, wanted)

@@ -108,6 +108,10 @@ CASES = {
     "unknown_operation": (["--backend", "atention=triton"], 1, ["atention", "did you mean attention"]),
     "unknown_back_end": (["--backend", "attention=cuda"], 1, ["attention=cuda", "triton"]),
     "back_end_that_cannot_run": (["--backend", "rms_norm=cuda"], 1, ["rms_norm=cuda", "needs a GPU", "rms_norm=torch"]),
+    "back_end_named_in_the_first_of_two_flags": (
+        ["--backend", "attention=flash-attn", "--backend", "rope=torch"], 1, ["attention=flash-attn", "needs a GPU"],
+    ),
+    "back_end_of_an_operation_it_lacks": (["--backend", "layer_norm=torch"], 1, ["has no layer_norm", "rms_norm"]),
     "zero_not_there_yet": (["--zero", "2"], 1, ["zero"]),
     "precision_not_there_yet": (["--precision", "fp8"], 1, ["fp8", "bf16"]),
 }  # fmt: skip
@@ -127,6 +131,9 @@ def test_bad_usage_is_one_line_and_exit_code_2(case: str, folder: Path) -> None:
 
 
 COMMANDS = {
+    "doctor_of_no_ranks": (["doctor", "--tp", "0"], ["tp (0)", "at least 1"]),
+    "doctor_of_heads_that_do_not_divide": (["doctor", "--tp", "3"], ["tp (3)", "use tp 2, 4 or 8"]),
+    "doctor_of_an_operation_it_lacks": (["doctor", "--backend", "layer_norm=torch"], ["has no layer_norm"]),
     "eval_missing_data": (["eval", "--model", "no_weights", "--data", "nowhere.jsonl"], ["no_weights"]),
     "eval_of_a_preset": (["eval", "--model", "tiny", "--data", "broken.jsonl"], ["tiny", "weights"]),
     "generate_without_prompt": (["generate", "--model", "bert"], ["--prompt"]),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import platform
+import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from megallm.config.backends import BACKENDS, parse_backends
+from megallm.config.check import check_layout
 from megallm.config.hardware import find_gpu
+from megallm.config.parallel import ParallelConfig
 from megallm.config.presets import get_preset
-from megallm.model.fused import fused_cases
-from megallm.ops.backends import Case, choose, package_refusal, refusal
+from megallm.model.fused import check_names, fused_choices
+from megallm.ops.backends import Backends, Case, Choice, apex_refusal, flash_attention_module, refusal
 from megallm.trainers.engine import DTYPES
 
 
@@ -23,18 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="llama3-8b", help="preset whose sizes the choices are made for")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of weights and activations")
-    parser.add_argument("--backend", nargs="*", default=(), help="operation=back end items to force, as in training")
+    parser.add_argument(
+        "--backend", nargs="+", action="extend", default=[], help="operation=back end items to force, as in training"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the picture; exit code 0. ValueError for a forced back end that cannot run here."""
-    forced = parse_backends(args.backend)
+    """Prints the picture; exit code 0. ValueError for a forced back end that cannot run here, or a wrong --tp."""
+    backends, config = Backends(parse_backends(args.backend)), get_preset(args.model)
+    check_layout(config, ParallelConfig(tp=args.tp), args.tp)
+    check_names(backends, config)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    cases = fused_cases(get_preset(args.model), tp=args.tp, device=device, dtype=DTYPES[args.precision])
-    lines = [*machine(), "", *packages(), ""]
+    choices = fused_choices(config, backends, tp=args.tp, device=device, dtype=DTYPES[args.precision])
+    lines = [*machine(), "", *packages(device), ""]
     lines += [f"fused operations of {args.model}, tp {args.tp}, {args.precision}, on {device.type}:"]
-    for case in cases:
-        lines += operation(case, forced.get(case.op))
+    for case, choice in choices:
+        lines += operation(case, choice)
     print("\n".join(lines))
     return 0
 
@@ -45,6 +52,7 @@ def machine() -> list[str]:
         f"system      {platform.system()} {platform.machine()}, Python {platform.python_version()}",
         f"torch       {torch.__version__}, CUDA {torch.version.cuda or 'none (a CPU build)'}",
         f"triton      {_version('triton') or 'not installed'}",
+        f"nvcc        {shutil.which('nvcc') or 'not found: csrc/ cannot be compiled here, and nothing needs it'}",
     ]
     if not torch.cuda.is_available():
         return [*lines, "GPU         none that torch can use: everything runs on the CPU, on torch's operations"]
@@ -59,17 +67,20 @@ def machine() -> list[str]:
     return lines
 
 
-def packages() -> list[str]:
+def packages(device: torch.device) -> list[str]:
     """Lines on the optional parts: there, or why not."""
     from megallm_kernels import compiled
 
-    reasons = {"compiled": compiled.why_absent()} | {name: package_refusal(name) for name in ("flash-attn", "apex")}
+    reasons = {
+        "compiled": compiled.why_absent(device),
+        "flash-attn": flash_attention_module(device)[1],
+        "apex": apex_refusal(),
+    }
     return [f"{name:11} {why or 'ready'}" for name, why in reasons.items()]
 
 
-def operation(case: Case, forced: str | None) -> list[str]:
+def operation(case: Case, choice: Choice) -> list[str]:
     """The choice for one operation with its reason, then why each other back end cannot run."""
-    choice = choose(case, forced)
     lines = [f"  {case.op:21} {choice.name:11} {choice.reason}"]
     for name in BACKENDS[case.op]:
         why_not = refusal(case, name)

@@ -157,9 +157,11 @@ def _add_flag(group: Any, field: ConfigField, default: Any) -> None:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=doc)
         return
     metavar = "{" + ",".join(map(str, field.type.choices)) + "}" if field.type.choices else _metavar(field)
-    nargs = "+" if field.type.is_tuple else None
+    several: dict[str, Any] = {"nargs": "+"} if field.type.is_tuple else {}
+    if field.type.is_tuple and field.type.base is str:
+        several["action"] = "extend"  # given twice, both count
     group.add_argument(
-        flag, type=_argument_type(field), nargs=nargs, default=argparse.SUPPRESS, metavar=metavar, help=doc
+        flag, type=_argument_type(field), default=argparse.SUPPRESS, metavar=metavar, help=doc, **several
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from megallm.config.model import ModelConfig
-from megallm.ops.backends import Backends, Case, choose
+from megallm.ops.attention import takes_rotary
+from megallm.ops.backends import Backends, Case, Choice, choose
 
 
 def fused_cases(config: ModelConfig, *, tp: int, device: torch.device, dtype: torch.dtype) -> tuple[Case, ...]:
@@ -22,9 +23,32 @@ def fused_cases(config: ModelConfig, *, tp: int, device: torch.device, dtype: to
     return (*cases, Case(op="adamw", device=device, dtype=wide, size=0))
 
 
+def fused_choices(
+    config: ModelConfig, backends: Backends, *, tp: int, device: torch.device, dtype: torch.dtype
+) -> list[tuple[Case, Choice]]:
+    """What each operation of the model would run on; ValueError if a forced back end cannot."""
+    cases = fused_cases(config, tp=tp, device=device, dtype=dtype)
+    choices = {case.op: choose(case, backends.forced.get(case.op)) for case in cases}
+    in_front = choices["attention"].name == "triton" and takes_rotary(backends) and not config.qk_norm
+    if "rope" in choices and in_front and config.attention_dropout == 0:
+        choices["rope"] = Choice(name="triton", reason="in place, in front of its attention")
+    return [(case, choices[case.op]) for case in cases]
+
+
 def check_backends(
     backends: Backends, config: ModelConfig, *, tp: int, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """ValueError if a forced back end cannot run what the model needs of it."""
-    for case in fused_cases(config, tp=tp, device=device, dtype=dtype):
-        choose(case, backends.forced.get(case.op))
+    """Makes the model's choices before anything runs; ValueError if a forced back end cannot run what it is to."""
+    for case, choice in fused_choices(config, backends, tp=tp, device=device, dtype=dtype):
+        backends.settle(case, choice)
+
+
+def check_names(backends: Backends, config: ModelConfig) -> None:
+    """ValueError if a back end is forced for an operation that the model does not have."""
+    own = [case.op for case in fused_cases(config, tp=1, device=torch.device("cpu"), dtype=torch.float32)]
+    for op in backends.forced:
+        if op not in own:
+            raise ValueError(
+                f"--backend {op}={backends.forced[op]}: this model has no {op}: leave it out, or name one of "
+                f"{', '.join(own)}"
+            )

@@ -10,13 +10,14 @@ Letters: B batch, S query positions, L key positions, T = B S tokens, N query he
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from megallm.ops.backends import DEFAULT, Backends
+from megallm.ops.backends import DEFAULT, FLASH_ATTENTION_4, Backends, flash_attention_module
 from megallm.ops.rope import rope
 
 
@@ -50,7 +51,7 @@ def rotary_attention(
     rotate q and k inside `qkv`, which the caller must not read again (nor recompute from).
     """
     name = backends.pick("attention", qkv, qkv.size(-1))
-    if name == "triton" and (rotary is None or backends.forced.get("rope", name) == name):
+    if name == "triton" and (rotary is None or takes_rotary(backends)):
         cos, sin = rotary if rotary is not None else (None, None)
         if rotary is not None:
             backends.take("rope", name, "in place, in front of its attention")
@@ -63,6 +64,11 @@ def rotary_attention(
     q, k = qk.split([num_heads, num_kv_heads], dim=1)
     q, k, v = (t.unflatten(0, (batch_size, -1)) for t in (q, k, v))
     return attention(q, k, v, sliding_window=sliding_window, backends=backends).flatten(0, 1)
+
+
+def takes_rotary(backends: Backends) -> bool:
+    """Whether Triton's attention also does the rotary embedding in front of it: unless another is forced for that."""
+    return backends.forced.get("rope", "triton") == "triton"
 
 
 def attention(
@@ -133,16 +139,12 @@ def _triton_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window:
 
 
 def _flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
-    """flash-attn 4 (CuTe) on Hopper and newer where it is installed, else flash-attn 2; both take [B, S, heads, D]."""
-    try:
-        from flash_attn.cute import flash_attn_func
-
-        window = (None if sliding_window is None else sliding_window - 1, 0 if sliding_window is not None else None)
-    except ImportError:
-        from flash_attn import flash_attn_func
-
-        window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
-    out = flash_attn_func(q, k, v, causal=True, window_size=window)
+    """flash-attn 4 or 2, as `flash_attention_module` finds them; both take [B, S, heads, D]."""
+    module, _ = flash_attention_module(q.device)
+    none = None if module == FLASH_ATTENTION_4 else -1
+    window = (none, none) if sliding_window is None else (sliding_window - 1, 0)
+    options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    out = importlib.import_module(module).flash_attn_func(q, k, v, causal=True, window_size=window, **options)
     out = out[0] if isinstance(out, tuple) else out
     return out.flatten(2)
 

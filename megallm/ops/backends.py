@@ -6,12 +6,14 @@
     a GPU without                          torch: nothing is taken for faster before it was measured there
 
 A choice depends on the operation, the device, the dtype and one size (the row length, the head dim); it is made once
-for each, remembered, and announced once.
+for each, remembered, and announced once: by an engine for its whole model when it is built, so that nothing is left to
+be looked up inside torch.compile.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
@@ -23,6 +25,7 @@ import torch
 
 from megallm.config.backends import BACKENDS, parse_backends
 
+FLASH_ATTENTION_2, FLASH_ATTENTION_4 = "flash_attn", "flash_attn.cute"
 MEASURED = Path(__file__).with_name("measured.csv")
 """Rows gpu, op, dtype, size, backend, microseconds (forward and backward) and where they come from; written by
 benchmarks/gpu.py --update-table."""
@@ -67,10 +70,15 @@ class Backends:
         if name is None:
             case = Case(op=op, device=tensor.device, dtype=tensor.dtype, size=size)
             choice = choose(case, self.forced.get(op))
-            name = self._chosen[key] = choice.name
-            is_plain = case.device.type != "cuda" and not self.forced
-            self._say(f"{'every operation' if is_plain else op}: {choice.name} ({choice.reason})")
+            self.settle(case, choice)
+            name = choice.name
         return name
+
+    def settle(self, case: Case, choice: Choice) -> None:
+        """Remembers and announces a choice, for `pick` to find."""
+        self._chosen[case.op, case.device, case.dtype, case.size] = choice.name
+        is_plain = case.device.type != "cuda" and not self.forced
+        self._say(f"{'every operation' if is_plain else case.op}: {choice.name} ({choice.reason})")
 
     def take(self, op: str, name: str, reason: str) -> str:
         """`name`, for a call of `op` whose form leaves no other choice; announced once for each reason."""
@@ -118,25 +126,40 @@ def refusal(case: Case, name: str) -> str | None:
         return "it has no fp64 form"
     if name == "cuda":
         return _compiled_refusal(case.device) or _length_refusal(case)
-    if case.dtype == torch.float32 and name == "flash-attn":
-        return "it takes fp16 and bf16 only"
-    return package_refusal(name)
+    if name == "apex":
+        return apex_refusal()
+    return "it takes fp16 and bf16 only" if case.dtype == torch.float32 else flash_attention_module(case.device)[1]
 
 
-def package_refusal(name: str) -> str | None:
-    """Why the optional package `flash-attn` or `apex` cannot serve; None if it can. Imports nothing heavy."""
-    if name == "flash-attn":
-        found = any(_has(module) for module in ("flash_attn.cute", "flash_attn.flash_attn_interface"))
-        return None if found else "flash-attn is not installed"
-    if not _has("apex"):
+def apex_refusal() -> str | None:
+    """Why NVIDIA's apex cannot serve; None if it can."""
+    if importlib.util.find_spec("apex") is None:
         return "NVIDIA's apex is not installed"
-    if not _has("apex.optimizers") or not _has("amp_C"):
-        return "this apex has no fused CUDA operations (the one on PyPI is another project): build NVIDIA's from source"
+    for module in ("apex.optimizers", "apex.normalization", "amp_C"):
+        if why := _import_error(module):
+            return f"this apex does not serve ({why}): PyPI's is another project; build NVIDIA's with its CUDA parts"
     return None
 
 
+def flash_attention_module(device: torch.device) -> tuple[str, str | None]:
+    """(the module whose `flash_attn_func` serves on this GPU, None), or ("", why there is none).
+
+    flash-attn 4 (CuTe) on Hopper and newer where it is installed, else flash-attn 2.
+    """
+    if importlib.util.find_spec("flash_attn") is None:
+        return "", "flash-attn is not installed"
+    new_enough = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    reasons = []
+    for module in (FLASH_ATTENTION_4, FLASH_ATTENTION_2) if new_enough else (FLASH_ATTENTION_2,):
+        why = _import_error(module)
+        if why is None:
+            return module, None
+        reasons.append(why)
+    return "", f"flash-attn is installed and does not import: {'; '.join(reasons)}"
+
+
 def _triton_refusal(case: Case) -> str | None:
-    if not _has("triton"):
+    if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if case.dtype == torch.float64:
         return "it has no fp64 form"
@@ -163,11 +186,13 @@ def _compiled_refusal(device: torch.device) -> str | None:
 
 
 @cache
-def _has(module: str) -> bool:
+def _import_error(module: str) -> str | None:
+    """Why a module does not import; None if it does. Whatever a broken package raises is a reason."""
     try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # the parent package is missing or is no package
-        return False
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{module}: {error}"
+    return None
 
 
 def _measured(gpu: str, case: Case) -> dict[str, float]:

@@ -24,7 +24,7 @@ from megallm.data.loader import BatchLoader, ValidationLoader
 from megallm.data.prepare import PreparedData, load_or_build
 from megallm.generate.sampling import Sampling
 from megallm.model.counts import parameter_counts
-from megallm.model.fused import check_backends
+from megallm.model.fused import check_backends, check_names
 from megallm.monitor.plots import plot_loss
 from megallm.ops.backends import Backends
 from megallm.parallel.mesh import Mesh, start_process_group
@@ -73,10 +73,11 @@ def plan(run: RunConfig, *, world_size: int, cache_dir: Path, device: torch.devi
         config = config.replace(eos_token_id=data.tokenizer.eos_id)
     run = resolve_run(run)
     warnings = check_run(run, config, world_size)
+    backends = Backends(parse_backends(run.backend), announce=lambda line: None)
+    check_names(backends, config)
     check_backends(
-        Backends(parse_backends(run.backend)), config, tp=run.parallel.tp, device=device or torch.device("cpu"),
-        dtype=DTYPES[run.train.precision],
-    )  # fmt: skip
+        backends, config, tp=run.parallel.tp, device=device or torch.device("cpu"), dtype=DTYPES[run.train.precision]
+    )
     train_samples = data.train_dataset(seq_length=run.train.seq_length, seed=run.train.seed)
     valid_samples = data.valid_dataset(seq_length=run.train.seq_length)
     resume_from = _resume_from(run)
