@@ -25,7 +25,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "kernels")]
 
-from gpu_parts.rows import BAD, row, run_facts  # noqa: E402  (the paths come first)
+from gpu_parts.rows import BAD, UNKNOWN, row, run_facts  # noqa: E402  (the paths come first)
 
 SHARES: dict[str, float] = {
     "ceilings": 12, "check": 75, "rms_norm": 45, "rope": 12, "activation": 12, "attention": 50, "cross_entropy": 20,
@@ -39,20 +39,29 @@ SPARE_S = 12.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 1 where a check failed or one of our own kernels did not run."""
+    """Exit code 1 where a check failed or one of our own kernels did not run; 2 where nothing could be begun."""
     args = parse(argv)
     if args.device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
     started = time.time()
     from gpu_parts.bars import judge, show
+    from gpu_parts.place import why_no_device
     from gpu_parts.supervise import Results
 
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    missing = why_no_device(args.device)
+    if missing is not None:
+        print(f"gpu.py: {missing}", file=sys.stderr, flush=True)
+        return 2
     device = {"gpu": "cpu, interpreted", "driver": ""} if args.device == "cpu" else {}
     command = "python benchmarks/gpu.py " + " ".join(sys.argv[1:] if argv is None else argv)
     facts = run_facts(commit=args.commit, command=command, **device)
+    if facts["gpu"] == UNKNOWN:
+        print("gpu.py: neither nvidia-smi nor torch says what GPU this is: put nvidia-smi in PATH", file=sys.stderr)
+        return 2
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     results = Results(csv=out / "gpu.csv", facts=facts)
+    print(f"seed {args.seed}", flush=True)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     try:
@@ -198,19 +207,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="shapes for the interpreter")
     parser.add_argument("--in-process", action="store_true", help="no worker processes")
     args = parser.parse_args(argv)
-    chosen = [each for each in args.sections.split(",") if each] or list(SHARES)
-    left_out = {each for each in args.skip.split(",") if each}
-    unknown = (set(chosen) | left_out) - set(SHARES)
-    if unknown:
-        parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SHARES)}")
-    args.sections = ["check"] if args.check_only else [s for s in SHARES if s in chosen and s not in left_out]
-    if not args.sections:
-        parser.error("no section is left: --skip names all that --sections chose")
+    try:
+        args.sections = choose_sections(args.sections, skip=args.skip, check_only=args.check_only)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.device == "cpu" and not args.tiny:
+        parser.error("full shapes on CPU would take days: add --tiny")
     if args.update_table and args.tiny and not args.table:
         parser.error("--update-table with --tiny would put meaningless times into ops/measured.csv: give --table")
     args.seed = secrets.randbits(31) if args.seed is None else args.seed
-    print(f"seed {args.seed}", flush=True)
     return args
+
+
+def choose_sections(sections: str, *, skip: str, check_only: bool) -> list[str]:
+    """The sections to run, in the order of SHARES; ValueError where the options name none or contradict each other."""
+    named = {each for each in sections.split(",") if each}
+    left_out = {each for each in skip.split(",") if each}
+    unknown = (named | left_out) - set(SHARES)
+    if unknown:
+        raise ValueError(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SHARES)}")
+    others = ", ".join(sorted(named - {"check"}))
+    if check_only and others:
+        raise ValueError(f"--check-only runs check alone, but --sections names {others}: give one of the two")
+    if check_only and "check" in left_out:
+        raise ValueError("--check-only runs check alone, but --skip leaves it out: give one of the two")
+    both = ", ".join(sorted(named & left_out))
+    if both:
+        raise ValueError(f"--sections and --skip both name {both}: take it out of one of the two")
+    chosen = {"check"} if check_only else (named or set(SHARES)) - left_out
+    if not chosen:
+        raise ValueError("no section is left: --skip names all of them")
+    return [each for each in SHARES if each in chosen]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "kernels")]
 
 from gpu_parts.bars import judge, time_us  # noqa: E402  (the paths come first)
-from gpu_parts.rows import read_csv  # noqa: E402
+from gpu_parts.rows import UNKNOWN, read_csv  # noqa: E402
 
 TextRow = dict[str, str]
 DIRECTIONS = ("fwd", "bwd", "both", "step")
@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def by_gpu(rows: Sequence[TextRow]) -> dict[str, list[TextRow]]:
-    """{gpu: the last row of each measurement}, without interpreted runs; in the order in which they first came."""
+    """{gpu: the last row of each measurement}, in the order they first came; no interpreted runs, no nameless GPUs."""
     found: dict[str, dict[tuple[str, ...], TextRow]] = {}
     for each in rows:
-        if each["gpu"].startswith("cpu"):
+        if each["gpu"].startswith("cpu") or each["gpu"] in ("", UNKNOWN):
             continue
         key = tuple(each[name] for name in ("section", "op", "case", "dtype", "contender", "direction"))
         found.setdefault(each["gpu"], {})[key] = each

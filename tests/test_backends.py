@@ -309,7 +309,8 @@ def test_a_broken_package_is_not_called_missing(installed: Path, error: str) -> 
 def test_flash_attention_2_serves_where_4_is_missing(installed: Path) -> None:
     (installed / "flash_attn").mkdir()
     (installed / "flash_attn" / "__init__.py").write_text("")
-    assert backends_module.flash_attention_module(CPU) == ("flash_attn", None)
+    (installed / "flash_attn" / "flash_attn_interface.py").write_text("")
+    assert backends_module.flash_attention_module(CPU) == ("flash_attn.flash_attn_interface", None)
     (installed / "flash_attn" / "cute.py").write_text("")
     backends_module._import_error.cache_clear()
     importlib.invalidate_caches()

@@ -3,31 +3,30 @@
 # ruff: noqa: E402  (benchmarks/ is no package: its path comes first)
 from __future__ import annotations
 
-import csv
 import math
+import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu
-import report
 from gpu_parts import cases_attention, launches, supervise, table
-from gpu_parts.bars import judge, show
 from gpu_parts.calls import Buffers, Case, CompileBudget, autograd_directions, differentiable
-from gpu_parts.cases_losses import GEMMS, MAIN_GRAD
 from gpu_parts.checks import CheckUnit
 from gpu_parts.clock import Clock, spread
 from gpu_parts.compare import bound, compare, poisoned
 from gpu_parts.measure import measure_contender
 from gpu_parts.place import Place, make_place
-from gpu_parts.rows import FIELDS, append_csv, read_csv, row
+from gpu_parts.rows import UNKNOWN, read_csv, row
 from gpu_parts.worker import op_sections
 
 PLACE = Place(device=torch.device("cpu"), tiny=True, seed=3)
@@ -49,7 +48,8 @@ def test_every_op_is_timed_beside_its_peers(tmp_path: Path) -> None:
     assert {section for section, _ in ours} == set(op_sections())
     assert {r["status"] for r in rows} <= {"ok", "absent"}
     absent = {r["contender"]: r["note"] for r in rows if r["status"] == "absent"}
-    assert {"liger", "quack", "flash-attn-4", "cut-cross-entropy", "torch.compile", "SDPA cuDNN", "apex"} <= set(absent)
+    assert {"liger", "quack", "cut-cross-entropy", "torch.compile", "SDPA cuDNN", "apex"} <= set(absent)
+    assert {"flash-attn", "flash-attn-2"} <= set(absent)
     assert all(absent.values())
     timed = [r for r in rows if r["status"] == "ok" and r["section"] != "ceilings"]
     assert all(float(r["eager_us"]) > 0 and float(r["host_us"]) > 0 and r["of_ceiling"] for r in timed)
@@ -159,6 +159,60 @@ def test_flops_count_visible_pairs() -> None:
     assert packed.flops == 4 * 8 * 3 * (28 + 15)
 
 
+@pytest.fixture
+def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A stand-in for the package flash_attn: the settings of every call."""
+    from megallm.ops import attention, backends
+
+    calls: list[dict[str, Any]] = []
+
+    def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> torch.Tensor:
+        calls.append({"shape": (*q.shape, k.size(2)), "contiguous": q.is_contiguous(), **settings})
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(backends, "refusal", lambda case, name: None)
+    for module in (attention, backends):
+        monkeypatch.setattr(module, "flash_attention_module", lambda device: ("flash_attn", None))
+    return calls
+
+
+@pytest.mark.parametrize("name", ["flash-attn", "flash-attn-2"])
+def test_flash_attention_2_is_timed_as_the_library_calls_it(name: str, flash_calls: list[dict[str, Any]]) -> None:
+    case = op_sections()["attention"](PLACE)[0]
+    contenders = {each.name: each for each in case.contenders}
+    sets = case.make(PLACE, PLACE.generator("x"), 2)
+    directions = contenders[name].build(sets)
+    assert list(directions) == ["fwd", "bwd", "both"]
+    gradients = directions["both"].call(1)
+    expected = contenders["torch"].build(sets)["both"].call(1)
+    for found, right in zip(gradients, expected, strict=True):  # type: ignore[call-overload]
+        torch.testing.assert_close(found, right.transpose(1, 2))
+    (call,) = flash_calls
+    assert call == {"shape": (2, 32, 4, 16, 2), "contiguous": False, "causal": True, "window_size": (-1, -1)}
+    assert name != "flash-attn" or directions["fwd"].note == "flash_attn.flash_attn_func"
+
+
+def test_flash_attention_has_the_same_window_both_ways(flash_calls: list[dict[str, Any]]) -> None:
+    case = next(each for each in op_sections()["attention_more"](PLACE) if "window" in each.name)
+    contenders = {each.name: each for each in case.contenders}
+    sets = case.make(PLACE, PLACE.generator("x"), 2)
+    for name in ("flash-attn", "flash-attn-2"):
+        contenders[name].build(sets)["fwd"].call(0)
+    assert flash_calls[0] == flash_calls[1] and flash_calls[0]["window_size"] == (19, 0)
+
+
+def test_the_row_of_flash_attention_names_its_back_end() -> None:
+    common = {"section": "attention", "op": "attention", "case": "D 128 S 4096", "size": 128, "dtype": "bfloat16"}
+    times = {"flash-attn": 7.0, "flash-attn-2": 9.0}
+    rows = [row(**common, direction="both", graph_us=us, contender=name) for name, us in times.items()]
+    found = table.table_rows(rows, FACTS)
+    assert [(r["backend"], r["microseconds"]) for r in found] == [("flash-attn", "7.0")]
+
+
 def test_percentiles() -> None:
     found = spread([float(i) for i in range(1, 101)])
     assert (found.p20, found.p50, found.p80) == (21.0, 50.5, 81.0)
@@ -214,12 +268,73 @@ def test_deadlines_share_the_budget_in_order() -> None:
     assert set(op_sections()) | {"ceilings", "check", "train_1b", "train_3b"} == set(gpu.SHARES)
 
 
-def test_unknown_sections_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        gpu.parse(["--sections", "rope,rops"])
-    assert "rops" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--sections rope,rops", "no such section: rops"),
+        ("--check-only --sections attention", "--sections names attention: give one of the two"),
+        ("--check-only --sections check,rope", "--sections names rope: give one of the two"),
+        ("--check-only --skip check", "--skip leaves it out: give one of the two"),
+        ("--check-only --sections attention --skip check", "--sections names attention"),
+        ("--sections rope,check --skip rope", "both name rope: take it out of one"),
+        ("--skip " + ",".join(gpu.SHARES), "no section is left"),
+        ("--device cpu", "add --tiny"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        gpu.parse(arguments.split())
+    assert refused.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_sections_that_agree_are_taken() -> None:
+    assert gpu.choose_sections("check", skip="", check_only=True) == ["check"]
+    assert gpu.choose_sections("", skip="rope,moe", check_only=True) == ["check"]
+    assert gpu.choose_sections("rope,check", skip="moe", check_only=False) == ["check", "rope"]
+    assert set(gpu.SHARES) - set(gpu.choose_sections("", skip="check", check_only=False)) == {"check"}
     with pytest.raises(ValueError, match="add --tiny"):
         make_place("cpu", tiny=False, seed=1)
+
+
+@pytest.mark.parametrize("sections", ["ceilings", "check", "train_1b"])
+def test_without_a_gpu_one_line_says_what_is_missing(
+    sections: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "results"
+    assert gpu.main(["--sections", sections, "--out", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert "CUDA" in printed.err and "--tiny --device cpu" in printed.err
+    assert not out.exists()
+
+
+def test_a_gpu_that_nobody_can_name_is_not_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("gpu_parts.rows._gpu_and_driver", lambda: (UNKNOWN, UNKNOWN))
+    assert gpu.main(["--sections", "ceilings", "--out", str(tmp_path / "results")]) == 2
+    assert "nvidia-smi" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+def test_a_worker_that_cannot_begin_is_a_bad_row(tmp_path: Path) -> None:
+    script = tmp_path / "no_worker.py"
+    script.write_text("raise SystemExit(3)\n")
+    results = supervise.Results(csv=tmp_path / "gpu.csv", facts=FACTS)
+    plan: dict[str, Any] = {"sections": ["rope"], "deadlines": {"rope": time.time() + 60}}
+    supervise.run_sections(plan, results, tmp_path, num_workers=1, unit_limit_s=20.0, program=(str(script),))
+    assert [(r["section"], r["status"]) for r in results.rows] == [("rope", "crashed")]
+    assert "code 3" in results.rows[0]["note"] and gpu.report_end(results, 1.0) == 1
+
+
+def test_compile_all_refuses_an_unknown_op_in_words() -> None:
+    script = BENCHMARKS.parent / "tests" / "kernels" / "compile_all.py"
+    done = subprocess.run([sys.executable, str(script), "nope"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "no such op: nope; there are activation, adamw" in done.stderr and "Traceback" not in done.stderr
 
 
 # -- training steps ---------------------------------------------------------------------------------------------------
@@ -237,97 +352,6 @@ def test_ours_and_the_peer_start_from_the_same_loss(tmp_path: Path) -> None:
     assert (ours["status"], peer["status"]) == ("ok", "ok"), (ours, peer)
     assert math.isclose(ours["loss"], peer["loss"], rel_tol=1e-5)
     assert ours["tokens_per_s"] > 0 and "rms_norm=torch" in ours["note"]
-
-
-# -- verdicts, table, report ------------------------------------------------------------------------------------------
-
-
-def sample_rows() -> list[dict[str, Any]]:
-    """A run as it might come back from an H200."""
-    common = {"section": "rms_norm", "op": "rms_norm", "case": "H 4096", "size": 4096, "dtype": "bfloat16"}
-    rows = [row(**common, contender="triton", direction="fwd", graph_us=31.0, eager_us=60.0, of_ceiling=0.9)]
-    rows += [row(**common, contender="triton", direction="bwd", graph_us=60.0, eager_us=80.0, of_ceiling=0.7)]
-    rows += [
-        row(**common, contender=name, direction="both", graph_us=us, eager_us=2 * us, gb_per_s=3000.0, of_ceiling=0.8)
-        for name, us in (("triton", 90.0), ("torch.compile", 100.0), ("liger", 80.0), ("torch", 300.0))
-    ]
-    head = {"section": "linear_cross_entropy", "op": "linear_cross_entropy", "case": "H V", "size": 128256}
-    head |= {"dtype": "bfloat16", "direction": "both"}
-    rows += [row(**head, contender=GEMMS, eager_us=33000.0, peak_mib=100.0)]
-    rows += [row(**head, contender=MAIN_GRAD, eager_us=36000.0, peak_mib=1100.0)]
-    attention = {"section": "attention", "op": "attention", "case": "D 128 S 8192", "size": -1, "dtype": "bfloat16"}
-    for name, rate in (("triton", 610.0), ("SDPA flash", 340.0)):
-        numbers = {"graph_us": 3.6e5 / rate, "tflop_per_s": rate, "of_ceiling": 0.5}
-        rows += [row(**attention, contender=name, direction="fwd", **numbers)]
-    step = {"section": "train_1b", "op": "train_step", "case": "Llama 1B S 4096", "dtype": "bfloat16"}
-    for name, rate, mfu in (("megallm triton", 60000.0, 0.55), ("hf compile", 50000.0, 0.46)):
-        numbers = {"eager_us": 1.0, "tokens_per_s": rate, "mfu": mfu, "loss": 11.9, "peak_mib": 4e4}
-        rows += [row(**step, contender=name, direction="step", **numbers)]
-    update = {"section": "adamw", "op": "adamw", "case": "fp32", "contender": "triton", "direction": "step", "size": 0}
-    rows += [row(**update, graph_us=6900.0, of_ceiling=0.94, launches=1)]
-    rows += [row(section="check", op="rope", case="x", contender="triton", status="failed", note="bad | pipe")]
-    good = {"section": "check", "case": "H 4096", "contender": "triton", "settings": ["a"]}
-    rows += [row(**good, op=op) for op in ("attention", "adamw")]
-    return rows
-
-
-def test_verdicts_name_the_measured_number() -> None:
-    found = {v.what: v for v in judge(sample_rows())}
-    assert found["RMSNorm forward, H 4096"].is_met is True
-    assert found["RMSNorm backward, H 4096"].is_met is False
-    assert found["RoPE in place"].is_met is None
-    assert found["nothing slower than torch.compile"].is_met is True
-    assert found["nothing slower than liger"].is_met is False
-    assert "1.12 x (rms_norm H 4096 both)" in found["nothing slower than liger"].measured
-    assert found[f"linear + CE time ({MAIN_GRAD})"].measured == "1.091 x"
-    assert found["attention D 128 causal S 8192 fwd"].is_met is True
-    assert found["attention not slower than SDPA flash"].is_met is True
-    assert found["AdamW launches, fp32"].is_met is True
-    assert found["training step tokens/s, Llama 1B S 4096"].measured == "1.20 x hf compile"
-    assert "NOT MET" in show(list(found.values()))
-
-
-def test_the_table_of_back_ends_takes_what_was_measured_right(tmp_path: Path) -> None:
-    target = tmp_path / "measured.csv"
-    target.write_text(",".join(table.COLUMNS) + "\nNVIDIA A100,rope,bfloat16,128,torch,9.0,2.11,3.6,old\n")
-    fresh = table.table_rows(sample_rows(), FACTS)
-    assert table.update_table(target, fresh) == len(fresh)
-    table.update_table(target, fresh)  # twice changes nothing
-    with target.open() as file:
-        rows = list(csv.DictReader(file))
-    found = {(r["op"], r["size"], r["backend"]): r["microseconds"] for r in rows if r["gpu"] == "NVIDIA H200"}
-    assert found == {
-        ("rms_norm", "4096", "triton"): "90.0", ("rms_norm", "4096", "torch"): "300.0",
-        ("linear_cross_entropy", "128256", "triton"): "36000.0", ("adamw", "0", "triton"): "6900.0",
-    }  # fmt: skip
-    assert len(rows) == 5 and rows[0]["gpu"] == "NVIDIA A100"
-
-
-def test_the_report_is_the_same_twice(tmp_path: Path) -> None:
-    append_csv(tmp_path / "gpu.csv", sample_rows(), FACTS)
-    texts = []
-    for _ in range(2):
-        assert report.main(["--results", str(tmp_path)]) == 0
-        texts.append((tmp_path / "REPORT.md").read_text())
-    assert texts[0] == texts[1]
-    for expected in ("## NVIDIA H200", "| H 4096 | triton | 31.0 (90.0 %) |", "1.20 x hf compile", "bad / pipe"):
-        assert expected in texts[0]
-    pictures = sorted(path.name for path in (tmp_path / "img").glob("*.png"))
-    assert pictures == ["nvidia-h200-attention.png", "nvidia-h200-bandwidth.png"]
-
-
-def test_a_report_without_rows_has_no_pictures(tmp_path: Path) -> None:
-    assert report.main(["--results", str(tmp_path)]) == 0
-    assert not (tmp_path / "img").exists()
-
-
-def test_a_file_of_other_columns_is_not_extended(tmp_path: Path) -> None:
-    (tmp_path / "gpu.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="other columns"):
-        append_csv(tmp_path / "gpu.csv", [row(op="x")], FACTS)
-    with pytest.raises(AssertionError):
-        row(colour="red")
-    assert len(set(FIELDS)) == len(FIELDS)
 
 
 def test_check_units_have_unique_names() -> None:

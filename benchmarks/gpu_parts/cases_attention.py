@@ -18,7 +18,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu_parts.calls import OURS, Buffers, Case, Contender, Directions, autograd_directions, needs, needs_cuda
+from gpu_parts.calls import (
+    OURS,
+    Buffers,
+    Case,
+    Contender,
+    Directions,
+    autograd_directions,
+    backend_absent,
+    forced,
+    needs,
+    needs_cuda,
+)
 from gpu_parts.place import Place
 
 
@@ -82,19 +93,21 @@ def _case(place: Place, section: str, name: str, shape: Shape) -> Case:
     return Case(
         section=section, op="attention", name=name,
         size=shape.dim if is_plain and shape.seq == place.pick(4096, 32) else -1,
-        make=partial(_buffers, shape=shape), contenders=_contenders(shape, is_plain),
+        make=partial(_buffers, shape=shape), contenders=_contenders(place, shape, is_plain),
         flops={"fwd": flops, "bwd": 2.5 * flops, "both": 3.5 * flops},
         set_bytes=float(elements * place.dtype.itemsize),
     )  # fmt: skip
 
 
-def _contenders(shape: Shape, is_plain: bool) -> tuple[Contender, ...]:
+def _contenders(place: Place, shape: Shape, is_plain: bool) -> tuple[Contender, ...]:
     from torch.nn.attention import SDPBackend
 
     ours = Contender(name=OURS, build=partial(_rows_build, partial(_ours, shape)))
-    flash4 = Contender(
-        name="flash-attn-4", build=partial(_batched_build, shape, partial(_flash4, shape), False),
-        why_absent=needs("flash_attn.cute"),
+    packages = (
+        Contender(name="flash-attn", build=partial(_flash_build, shape),
+                  why_absent=backend_absent("attention", "flash-attn", place, shape.dim)),
+        Contender(name="flash-attn-2", build=partial(_batched_build, shape, partial(_flash2, shape), False),
+                  why_absent=partial(_no_second_flash, place)),
     )  # fmt: skip
     if shape.offsets:
         build = partial(_rows_build, partial(_varlen, shape))
@@ -104,7 +117,7 @@ def _contenders(shape: Shape, is_plain: bool) -> tuple[Contender, ...]:
         note="torch.compile, default mode",
     )  # fmt: skip
     if not is_plain:
-        return ours, flex, flash4
+        return ours, flex, *packages
     fused = [
         Contender(name=name, build=partial(_sdpa_build, shape, backend), why_absent=needs_cuda)
         for name, backend in (
@@ -112,7 +125,7 @@ def _contenders(shape: Shape, is_plain: bool) -> tuple[Contender, ...]:
         )
     ]  # fmt: skip
     plain = Contender(name="torch", build=partial(_sdpa_build, shape, None))
-    result: tuple[Contender, ...] = (ours, *fused, plain, flash4)
+    result: tuple[Contender, ...] = (ours, *fused, plain, *packages)
     # compiling FlexAttention takes seconds a shape: at two of them it stands for the others
     return (*result, flex) if shape.dim == 128 and shape.seq in (2048, 8192) else result
 
@@ -184,12 +197,37 @@ def _sdpa(shape: Shape, backend: Any, q: torch.Tensor, k: torch.Tensor, v: torch
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def _flash4(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    from flash_attn.cute import flash_attn_func
+def _flash_build(shape: Shape, sets: Sequence[Buffers]) -> Directions:
+    """The library's own call of its back end flash-attn, which takes version 4 or 2: the note says whose it was."""
+    from megallm.ops.attention import attention
+    from megallm.ops.backends import flash_attention_module
 
-    window = (shape.window - 1, 0) if shape.window else (None, None)
-    out = flash_attn_func(q, k, v, causal=not shape.window, window_size=window)
-    return out[0] if isinstance(out, tuple) else out
+    backends = forced("attention", "flash-attn")
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = attention(q, k, v, sliding_window=shape.window or None, backends=backends)
+        return out.unflatten(2, (shape.heads, shape.dim))
+
+    module, _ = flash_attention_module(sets[0].inputs[0].device)
+    directions = _batched_build(shape, function, False, sets)
+    return {name: replace(each, note=f"{module}.flash_attn_func") for name, each in directions.items()}
+
+
+def _flash2(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    from flash_attn import flash_attn_func
+
+    window = (shape.window - 1, 0) if shape.window else (-1, -1)
+    return flash_attn_func(q, k, v, causal=True, window_size=window)
+
+
+def _no_second_flash(place: Place) -> str | None:
+    """Why version 2 is not timed beside the library's choice."""
+    from megallm.ops.backends import FLASH_ATTENTION_2, flash_attention_module
+
+    why = needs("flash_attn.flash_attn_interface")()
+    if why is None and flash_attention_module(place.device)[0] == FLASH_ATTENTION_2:
+        return "flash-attn is version 2 here"
+    return why
 
 
 def _flex_build(shape: Shape, sets: Sequence[Buffers]) -> Directions:

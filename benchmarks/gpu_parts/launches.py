@@ -16,6 +16,8 @@ from types import ModuleType
 from typing import Any
 
 PACKAGE = "megallm_kernels"
+
+
 def describe(module: ModuleType, settings: Any) -> str:
     """`norm: Launch(rows=1, ...)`, equal for equal settings."""
     return f"{module.__name__.rpartition('.')[2]}: {settings!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -69,10 +70,23 @@ class Place:
             torch.cuda.synchronize(self.device)
 
 
+def why_no_device(device: str) -> str | None:
+    """What is missing for `device` and the way out, in one line; None if it is there. Makes no CUDA context."""
+    if device != "cuda":
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own words about a driver that does not answer
+        if torch.cuda.is_available():
+            return None
+    what = "no CUDA device" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
+    return f"{what}: run on a machine with a GPU, or with --tiny --device cpu for the code path alone"
+
+
 def make_place(device: str, *, tiny: bool, seed: int) -> Place:
     """The place; ValueError if its device is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device: run on a machine with one, or with --tiny --device cpu for the code path")
+    missing = why_no_device(device)
+    if missing is not None:
+        raise ValueError(missing)
     if device == "cpu" and not tiny:
         raise ValueError("full shapes on CPU would take days: add --tiny")
     where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")

@@ -11,6 +11,7 @@ import datetime
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ FIELDS = (
 settings: the launch settings that a check ran with; launches: kernels of one optimizer step.
 of_ceiling: of the copy bandwidth for rows with gb_per_s, of the 8192^3 matrix product for rows with tflop_per_s.
 """
+UNKNOWN = "unknown"
+"""What nobody could say: a GPU without a name, a commit without a repository."""
 BAD = frozenset({"failed", "crashed", "hung"})
 """States of a check, or of one of our own kernels, that make the run end with exit code 1; so does an error of ours."""
 
@@ -116,13 +119,18 @@ def run_facts(*, commit: str, command: str, gpu: str = "", driver: str = "") -> 
 
 
 def _gpu_and_driver() -> tuple[str, str]:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown", "unknown"
-    name, _, version = done.stdout.strip().partition(",")
-    return name.strip(), version.strip()
+    """(name, driver's version); where nvidia-smi does not answer the name comes from torch, in a process of its own."""
+    smi = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+    own = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))"]
+    for query in (smi, own):
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        name, _, version = done.stdout.strip().partition(",")
+        if name.strip():
+            return name.strip(), version.strip() or UNKNOWN
+    return UNKNOWN, UNKNOWN
 
 
 def _commit() -> str:
@@ -134,7 +142,7 @@ def _commit() -> str:
 
     commit = git("rev-parse", "--short", "HEAD")
     changed = git("status", "--porcelain", "megallm", "kernels", "csrc")
-    return (commit or "unknown") + ("+changes" if changed else "")
+    return (commit or UNKNOWN) + ("+changes" if changed else "")
 
 
 def _shown(value: Any) -> Any:

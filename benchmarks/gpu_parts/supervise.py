@@ -78,7 +78,8 @@ def run_sections(
     stem = "-".join(plan["sections"])[:40]
     limit = max(plan["deadlines"][section] for section in plan["sections"])
     workers = [
-        _Supervised(folder, f"{stem}-{i}", f"{i}/{num_workers}", unit_limit_s, program) for i in range(num_workers)
+        _Supervised(folder, f"{stem}-{i}", f"{i}/{num_workers}", unit_limit_s, program, section=plan["sections"][0])
+        for i in range(num_workers)
     ]
     _write_plan(folder, plan, results)
     for worker in workers:
@@ -100,9 +101,11 @@ def _write_plan(folder: Path, plan: dict[str, Any], results: Results) -> None:
 class _Supervised:
     """One worker process and its successors."""
 
-    def __init__(self, folder: Path, name: str, shard: str, unit_limit_s: float, program: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path, name: str, shard: str, unit_limit_s: float, program: Sequence[str], *, section: str
+    ) -> None:
         self._folder, self._name, self._shard, self._limit = folder, name, shard, unit_limit_s
-        self._program = program
+        self._program, self._section = program, section
         self.lines = JsonLines(folder / f"rows-{name}.jsonl")
         self._process: subprocess.Popen[bytes] | None = None
         self._restarts = 0
@@ -154,6 +157,10 @@ class _Supervised:
         if now < limit and self._restarts <= MAX_RESTARTS and (key or self._restarts <= 1):
             write_plan()
             self.start()
+        elif not key:  # at no unit that could be blamed: what it should have run is missing from the rows
+            note = why or f"the worker ended with code {code}, outside any unit"
+            status = "hung" if why else "crashed"
+            results.add(row(section=self._section, contender="triton", status=status, note=note))
 
     def _current(self) -> dict[str, Any] | None:
         try:

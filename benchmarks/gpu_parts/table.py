@@ -12,7 +12,7 @@ from gpu_parts.rows import ROOT, Row, read_csv
 
 TABLE = ROOT / "megallm" / "ops" / "measured.csv"
 COLUMNS = ("gpu", "op", "dtype", "size", "backend", "microseconds", "torch", "triton", "commit")
-BACKEND_OF = {"flash-attn-4": "flash-attn", "triton, fp32 gradient buffer": "triton"}
+BACKEND_OF = {"triton, fp32 gradient buffer": "triton"}
 """Contenders that stand for a back end of another name."""
 
 

@@ -14,7 +14,7 @@ FLOPs: 10 D for each visible (query, key) pair; 14 D where dq is computed apart,
 The keys kernel works on s^T = k q^T, so that p^T and ds^T are operands of the next products as they lie in registers.
 Only tiles cut by the diagonal, the window's edge or an end pay for masks; tiles that see nothing are never visited.
 sm_90: TMA descriptors, and dq is added by TMA reductions to [N, D, pitch], tokens innermost, as the product leaves it.
-Others, and tensors whose address or strides are not multiples of 16 bytes: pointers, and always the two kernels.
+Others: pointers, and always the two kernels. Tensors that neither reads 16 bytes at a time are copied first.
 A tile read by TMA may reach past a sequence: what is there must be finite (0 * NaN).
 
 Scores, dk, dv and dq accumulate in fp32; p and ds are rounded to the inputs' dtype before a product; fp32 inputs are
@@ -33,18 +33,23 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megallm_kernels.attention_backward_kernels import convert_kernel, keys_kernel, prepare_kernel, queries_kernel
-from megallm_kernels.attention_tiles import LOG2_E, packed_tiles
+from megallm_kernels.attention_tiles import (
+    CACHE_BYTES,
+    LOG2_E,
+    columns_of,
+    descriptor,
+    family,
+    packed_tiles,
+    readable,
+    strides,
+)
 from megallm_kernels.device import on_its_device, target_of
-from megallm_kernels.rows import next_power_of_2
-
-MAX_HEAD_DIM = 256
-"""Largest D: a tile of more does not fit the registers."""
 
 MAX_BLOCK = 256
 """Rows that a descriptor's tile may have."""
 
-CACHE_BYTES = 32 * 2**20
-"""What a section of heads may span of the tensors that pass by: A100 (40 MB) and H100 (50 MB) keep it."""
+MAX_STAGES = 2
+"""Most stages of a row of the tables."""
 
 ROWS = 32
 """Queries a program of the prepare and convert passes takes: 4096 elements of D = 128, 16 bytes a thread and access."""
@@ -79,15 +84,17 @@ class Plan:
 
 _Row = tuple[int, int, int, int, bool, bool]
 
-# arch -> largest BLOCK_D -> (BLOCK_M, BLOCK_N, warps, stages, TMA, warp_specialize), for two-byte elements.
+# family -> largest BLOCK_D -> (BLOCK_M, BLOCK_N, warps, stages, TMA, warp_specialize), for two-byte elements.
 _KEYS: dict[int, dict[int, _Row]] = {
     0: {256: (32, 32, 4, 1, False, False)},
     80: {64: (64, 128, 8, 2, False, False), 128: (64, 64, 8, 2, False, False), 256: (32, 32, 8, 1, False, False)},
+    86: {64: (64, 128, 8, 2, False, False), 128: (64, 64, 8, 2, False, False), 256: (32, 32, 8, 1, False, False)},
     90: {64: (64, 128, 8, 2, True, False), 128: (64, 128, 8, 2, True, False), 256: (32, 64, 8, 2, True, False)},
 }
 _QUERIES: dict[int, dict[int, _Row]] = {
     0: {256: (32, 32, 4, 1, False, False)},
     80: {64: (128, 64, 8, 2, False, False), 128: (128, 64, 8, 2, False, False), 256: (64, 32, 8, 2, False, False)},
+    86: {64: (128, 64, 8, 2, False, False), 128: (128, 64, 8, 2, False, False), 256: (32, 32, 8, 2, False, False)},
     90: {64: (128, 128, 8, 2, True, False), 128: (128, 64, 8, 2, True, False), 256: (64, 64, 8, 2, True, False)},
 }
 # The keys kernel where it also adds to dq; not on sm_80, where no tile of five products fits the registers.
@@ -95,46 +102,62 @@ _ADDING: dict[int, dict[int, _Row]] = {
     0: {256: (32, 32, 4, 1, False, False)},
     90: {64: (64, 128, 8, 2, True, False), 128: (64, 128, 8, 2, True, False), 256: (32, 64, 8, 2, True, False)},
 }
-# fp32 inputs, every arch but 0, always two kernels: correct rather than fast (at D = 256 registers spill).
-_WIDE_KEYS: dict[int, _Row] = {
-    64: (16, 32, 4, 1, False, False), 128: (16, 16, 4, 1, False, False), 256: (16, 16, 8, 1, False, False)
-}  # fmt: skip
+# fp32 inputs, every family but 0, always two kernels: correct rather than fast. Above D = 128 registers spill in every
+# form and with every tile tried: stacks of about 140 bytes (keys) and 100 (queries) on sm_80.
+_WIDE_KEYS: dict[int, _Row] = {128: (16, 16, 4, 1, False, False), 256: (16, 16, 8, 1, False, False)}
 _WIDE_QUERIES: dict[int, _Row] = {
-    64: (32, 32, 4, 1, False, False), 128: (16, 32, 4, 1, False, False), 256: (16, 16, 8, 1, False, False)
+    64: (32, 32, 4, 1, False, False), 128: (16, 32, 8, 1, False, False), 256: (16, 16, 8, 1, False, False)
 }  # fmt: skip
 
 _CAPPED_BLOCK_M = 32
 """Most queries of a tile of the keys kernel with a softcap, whose derivative takes registers too."""
 
-_CAPPED_BLOCK_N = 64
-"""Most keys of a tile of the queries kernel with a softcap, likewise."""
+_CAPPED_BLOCK_N = {0: 32, 80: 32, 86: 32, 90: 64}
+"""Most keys of a tile of the queries kernel with a softcap, likewise, by family."""
+
+# With a window, by (family, BLOCK_D): rows that are at the limit without one.
+_WINDOWED_BLOCK_M = {(family, block_d): 32 for family in (80, 86) for block_d in (16, 32, 64)}
+_WINDOWED_BLOCK_N = {(80, 128): 32, (86, 128): 32}
+_CAPPED_WINDOWED_BLOCK_N = {(90, 256): 32}
+_CAPPED_WINDOWED_STAGES = {(90, 256): 1}
+"""Of the keys kernel that adds to dq."""
 
 
 def plan(
-    arch: int, head_dim: int, *, element_bytes: int, aligned: bool, deterministic: bool, capped: bool = False
+    arch: int, head_dim: int, *, element_bytes: int, deterministic: bool, capped: bool = False, windowed: bool = False
 ) -> Plan:
-    """Launch settings; `aligned`: addresses and strides are multiples of 16 bytes. ValueError if D is too large."""
-    if not 0 < head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head dim {head_dim} is not within 1 to {MAX_HEAD_DIM}, which this kernel takes: use torch's")
-    block_d = max(next_power_of_2(head_dim), 16)
-    wide = element_bytes > 2 and arch != 0
-    family = 0 if arch == 0 else 90 if 90 <= arch < 100 and aligned and not wide else 80
-    most_queries, most_keys = (_CAPPED_BLOCK_M, _CAPPED_BLOCK_N) if capped else (MAX_BLOCK, MAX_BLOCK)
-    if not deterministic and family in _ADDING:
-        return Plan(block_d=block_d, keys=_launch(_ADDING[family], block_d, block_m=most_queries), queries=None)
+    """Launch settings; ValueError if D is too large or the GPU too old."""
+    block_d, key = columns_of(head_dim), family(arch)
+    place = (key, block_d)
+    wide = element_bytes > 2 and key != 0
+    most_queries, most_keys, most_stages = MAX_BLOCK, MAX_BLOCK, MAX_STAGES
+    if capped:
+        most_queries, most_keys = _CAPPED_BLOCK_M, _CAPPED_BLOCK_N[key]
+    if windowed:
+        most_queries = min(most_queries, _WINDOWED_BLOCK_M.get(place, MAX_BLOCK))
+        most_keys = min(most_keys, _WINDOWED_BLOCK_N.get(place, MAX_BLOCK))
+    if capped and windowed:
+        most_keys = min(most_keys, _CAPPED_WINDOWED_BLOCK_N.get(place, MAX_BLOCK))
+        most_stages = _CAPPED_WINDOWED_STAGES.get(place, MAX_STAGES)
+    if not deterministic and not wide and key in _ADDING:
+        keys = _launch(_ADDING[key], block_d, block_m=most_queries, num_stages=most_stages)
+        return Plan(block_d=block_d, keys=keys, queries=None)
     return Plan(
         block_d=block_d,
-        keys=_launch(_WIDE_KEYS if wide else _KEYS[family], block_d, block_m=most_queries),
-        queries=_launch(_WIDE_QUERIES if wide else _QUERIES[family], block_d, block_n=most_keys),
+        keys=_launch(_WIDE_KEYS if wide else _KEYS[key], block_d, block_m=most_queries),
+        queries=_launch(_WIDE_QUERIES if wide else _QUERIES[key], block_d, block_n=most_keys),
     )
 
 
-def _launch(rows: dict[int, _Row], block_d: int, *, block_m: int = MAX_BLOCK, block_n: int = MAX_BLOCK) -> Launch:
-    """The row for `block_d`, its tile cut to block_m queries and block_n keys."""
-    most_m, most_n, num_warps, num_stages, tma, specialize = next(rows[d] for d in rows if block_d <= d)
+def _launch(
+    rows: dict[int, _Row], block_d: int, *, block_m: int = MAX_BLOCK, block_n: int = MAX_BLOCK,
+    num_stages: int = MAX_STAGES,
+) -> Launch:  # fmt: skip
+    """The row for `block_d`, its tile cut to block_m queries and block_n keys, its pipeline to num_stages."""
+    most_m, most_n, num_warps, most_stages, tma, specialize = next(rows[d] for d in rows if block_d <= d)
     return Launch(
-        block_m=min(most_m, block_m), block_n=min(most_n, block_n), num_warps=num_warps, num_stages=num_stages,
-        tma=tma, warp_specialize=specialize,
+        block_m=min(most_m, block_m), block_n=min(most_n, block_n), num_warps=num_warps,
+        num_stages=min(most_stages, num_stages), tma=tma, warp_specialize=specialize,
     )  # fmt: skip
 
 
@@ -173,16 +196,13 @@ def backward(
             gradient.zero_()
         return
     num_queries, num_heads, head_dim = q.shape
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    dout = dout.to(q.dtype)
-    if dout.stride(-1) != 1 or not _is_aligned(dout):  # expanded, say
-        dout = dout.contiguous()
     if settings is None:
-        aligned = all(_is_aligned(x) for x in (q, k, v, dout)) and head_dim % 4 == 0
         settings = plan(
-            target_of(q).arch, head_dim, element_bytes=q.element_size(), aligned=aligned,
-            deterministic=deterministic, capped=softcap > 0,
+            target_of(q).arch, head_dim, element_bytes=q.element_size(), deterministic=deterministic,
+            capped=softcap > 0, windowed=window > 0,
         )  # fmt: skip
+    tma = settings.keys.tma
+    q, k, v, dout = (readable(x, tma=tma) for x in (q, k, v, dout.to(q.dtype)))
     num_sequences = batch_size if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     pitch = (num_queries // 4 + num_sequences + 1) * 4
     stats = torch.empty((2, num_heads, pitch), dtype=torch.float32, device=q.device)
@@ -256,12 +276,16 @@ class _Call:
         integers = [*lengths, self.batch_size, num_tiles, min(heads, units), self.window, self.stats.size(2)]
         return num_tiles * units, integers, table
 
+    def strides(self, *gradients: torch.Tensor) -> list[int]:
+        """Of tokens and heads: q, k, v, dout, then `gradients`."""
+        return [each for x in (*self.tensors, *gradients) for each in strides(x, self.constants["BLOCK_D"])]
+
     def sources(self, launch: Launch) -> tuple[Any, ...]:
         """q, k, v, dout and stats as the kernels take them: descriptors (of tiles [1, rows, D]) or tensors."""
         if not launch.tma:
             return *self.tensors, self.stats
         blocks = (launch.block_m, launch.block_n, launch.block_n, launch.block_m)
-        tiles = [_descriptor(x, n, self.constants["BLOCK_D"]) for x, n in zip(self.tensors, blocks, strict=True)]
+        tiles = [descriptor(x, n, self.constants["BLOCK_D"]) for x, n in zip(self.tensors, blocks, strict=True)]
         return *tiles, TensorDescriptor.from_tensor(self.stats.flatten(0, 1), [1, launch.block_m])
 
 
@@ -274,7 +298,7 @@ def _launch_keys(
     if accumulator is not None and launch.tma:
         target = TensorDescriptor.from_tensor(accumulator, [1, call.constants["BLOCK_D"], launch.block_m])
     keys_kernel[(programs,)](
-        *call.sources(launch), target, dk, dv, table, *_strides(*call.tensors, dk, dv), *call.scales,
+        *call.sources(launch), target, dk, dv, table, *call.strides(dk, dv), *call.scales,
         *integers, **_settings(launch), **call.constants, ADD_DQ=accumulator is not None,
     )  # fmt: skip
 
@@ -283,7 +307,7 @@ def _launch_queries(call: _Call, launch: Launch, dq: torch.Tensor) -> None:
     """dq alone."""
     programs, integers, table = call.grid(launch.block_m, over_keys=False)
     queries_kernel[(programs,)](
-        *call.sources(launch), dq, table, *_strides(*call.tensors, dq), *call.scales, *integers,
+        *call.sources(launch), dq, table, *call.strides(dq), *call.scales, *integers,
         **_settings(launch), **call.constants,
     )  # fmt: skip
 
@@ -293,19 +317,3 @@ def _settings(launch: Launch) -> dict[str, Any]:
         "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "TMA": launch.tma, "STAGES": launch.num_stages,
         "WARP_SPECIALIZE": launch.warp_specialize, "num_warps": launch.num_warps, "num_stages": launch.num_stages,
     }  # fmt: skip
-
-
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:2]]
-
-
-def _is_aligned(x: torch.Tensor) -> bool:
-    """Whether a descriptor can read x [T, heads, D]: address and strides in multiples of 16 bytes, none 0."""
-    strides = [x.stride(i) * x.element_size() for i in (0, 1) if x.size(i) > 1]
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
-
-
-def _descriptor(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
-    """Of x [T, heads, D], as [heads, T, D] in blocks [1, rows, block_d]; outside it reads 0. Made on the host."""
-    token, head = (x.stride(i) if x.size(i) > 1 else block_d for i in (0, 1))
-    return TensorDescriptor(x, [x.size(1), x.size(0), x.size(2)], [head, token, 1], [1, rows, block_d])

@@ -16,7 +16,7 @@ and 3.9 specialise a kernel with one loop only (a second loop, a product outside
 them fail or give up): there all tiles are masked in one loop, for a third of its instructions at D = 128. They also
 split a descriptor made by the host at the wrong place, so that of q is made in the kernel; k and v, which both
 consumers read whole, come by host descriptors [heads, T, D].
-Others, and tensors whose address or strides are not multiples of 16 bytes: pointers, cp.async pipelining.
+Others: pointers, cp.async pipelining. Tensors that neither reads 16 bytes at a time are copied first (`readable`).
 A descriptor's tile may reach past the end of a sequence: the keys are masked, the values must be finite (0 * NaN).
 
 Scores, maximum, sum and output accumulate in fp32; p is rounded to v's dtype for the second product; fp32 inputs are
@@ -34,17 +34,21 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megallm_kernels.attention_tiles import LOG2_E, load_tile, packed_tiles, tanh, tile_and_head
-from megallm_kernels.device import on_its_device, target_of
-from megallm_kernels.rows import next_power_of_2
-
-MAX_HEAD_DIM = 256
-"""Largest D: a tile of more does not fit the registers."""
-
-CACHE_BYTES = 32 * 2**20
-"""Keys and values that a section of heads may span: what A100 (40 MB) and H100 (50 MB) keep with room to spare."""
+from megallm_kernels.attention_tiles import (
+    CACHE_BYTES,
+    LOG2_E,
+    columns_of,
+    descriptor,
+    family,
+    load_tile,
+    packed_tiles,
+    readable,
+    strides,
+    tanh,
+    tile_and_head,
+)
+from megallm_kernels.device import check_dtypes, on_its_device, target_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +69,24 @@ class Launch:
     """Loads in a warpgroup of their own; needs descriptors and num_warps 4."""
 
 
-# arch -> largest BLOCK_D -> (BLOCK_M, BLOCK_N, warps, stages, TMA, warp_specialize), for two-byte elements.
+# family -> largest BLOCK_D -> (BLOCK_M, BLOCK_N, warps, stages, TMA, warp_specialize), for two-byte elements.
 _TABLE: dict[int, dict[int, tuple[int, int, int, int, bool, bool]]] = {
     0: {256: (32, 32, 4, 1, False, False)},
     80: {64: (128, 64, 8, 3, False, False), 128: (128, 64, 8, 2, False, False), 256: (64, 64, 8, 2, False, False)},
+    86: {64: (128, 64, 8, 3, False, False), 128: (128, 64, 8, 2, False, False), 256: (64, 32, 8, 2, False, False)},
     90: {64: (128, 128, 4, 3, True, True), 128: (128, 128, 4, 2, True, True), 256: (128, 64, 4, 2, True, True)},
 }
-# fp32 inputs, every arch but 0.
-_WIDE = {64: (64, 32, 8, 2, False, False), 128: (32, 32, 8, 2, False, False), 256: (16, 16, 8, 2, False, False)}
+# fp32 inputs, every family but 0. Above D = 128, softcap and window spill on sm_90 (Triton 3.9): a stack of 32 bytes.
+_WIDE = {
+    32: (64, 32, 4, 2, False, False), 64: (64, 32, 8, 2, False, False), 128: (32, 32, 8, 2, False, False),
+    256: (16, 16, 8, 2, False, False),
+}  # fmt: skip
 
 
-def plan(arch: int, head_dim: int, *, element_bytes: int, aligned: bool) -> Launch:
-    """Launch settings; `aligned`: addresses and strides are multiples of 16 bytes. ValueError if D is too large."""
-    if not 0 < head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head dim {head_dim} is not within 1 to {MAX_HEAD_DIM}, which this kernel takes: use torch's")
-    block_d = max(next_power_of_2(head_dim), 16)
-    row = _TABLE[0] if arch == 0 else _TABLE[90 if 90 <= arch < 100 and aligned else 80]
-    if element_bytes > 2 and arch:
-        row = _WIDE
+def plan(arch: int, head_dim: int, *, element_bytes: int) -> Launch:
+    """Launch settings; ValueError if D is too large or the GPU too old."""
+    block_d, key = columns_of(head_dim), family(arch)
+    row = _WIDE if element_bytes > 2 and key else _TABLE[key]
     block_m, block_n, num_warps, num_stages, tma, specialize = next(row[d] for d in row if block_d <= d)
     return Launch(
         block_m=block_m, block_n=block_n, block_d=block_d, num_warps=num_warps, num_stages=num_stages,
@@ -270,10 +274,9 @@ def forward(
     lse = torch.empty((num_heads, num_queries), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if launch is None:
-        aligned = all(_aligned(x) for x in (q, k, v))
-        launch = plan(target_of(q).arch, head_dim, element_bytes=q.element_size(), aligned=aligned)
+        launch = plan(target_of(q).arch, head_dim, element_bytes=q.element_size())
+    q, k, v = (readable(x, tma=launch.tma) for x in (q, k, v))
     group = num_heads // k.size(1)
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         table = packed_tiles(cu_seqlens_q, cu_seqlens_k, num_queries, launch.block_m)
@@ -292,7 +295,7 @@ def forward(
     # made in a copy of the context, ours ends with the launch.
     contextvars.copy_context().run(
         _launch, forward_kernel[(num_tiles * heads,)],
-        q, *read, out, lse, table, *(stride for x in (q, k, v) for stride in _strides(x, launch.block_d)), *scales,
+        q, *read, out, lse, table, *(stride for x in (q, k, v) for stride in strides(x, launch.block_d)), *scales,
         *sizes, num_tiles, min(section, heads), window,
         HEADS=num_heads, GROUP=group, D=head_dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
         BLOCK_D=launch.block_d, CAUSAL=causal, WINDOWED=window > 0, CAPPED=softcap > 0,
@@ -321,6 +324,7 @@ def check(
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.size(2) != k.size(2):
         raise ValueError(f"{shapes}: expected q [Tq, N, D], k and v [Tk, K, D]")
+    check_dtypes(q=q, k=k, v=v)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v of {q.dtype}, {k.dtype}, {v.dtype}: cast them to one dtype")
     if k.size(1) == 0 or q.size(1) % k.size(1):
@@ -341,20 +345,3 @@ def check(
         raise ValueError(f"window {window} with causal={causal}: a window is positive and needs causal=True; 0 = none")
     if softcap < 0 or scale <= 0:
         raise ValueError(f"softcap {softcap}, scale {scale}: softcap is at least 0 (none), scale above 0")
-
-
-def _aligned(x: torch.Tensor) -> bool:
-    """Whether a TMA descriptor can read x [T, heads, D]: address and strides in multiples of 16 bytes, none 0."""
-    strides = [x.stride(i) * x.element_size() for i in (0, 1) if x.size(i) > 1]
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
-
-
-def _strides(x: torch.Tensor, block_d: int) -> tuple[int, int]:
-    """Of tokens and heads; of a dimension of size 1, which may have any, one that a descriptor takes."""
-    return x.stride(0) if x.size(0) > 1 else block_d, x.stride(1) if x.size(1) > 1 else block_d
-
-
-def descriptor(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
-    """Of x [T, heads, D], as [heads, T, D] in blocks [1, rows, block_d]; outside it reads 0. Made on the host."""
-    token, head = _strides(x, block_d)
-    return TensorDescriptor(x, [x.size(1), x.size(0), x.size(2)], [head, token, 1], [1, rows, block_d])

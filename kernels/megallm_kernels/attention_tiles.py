@@ -16,9 +16,63 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from megallm_kernels.device import shared_limit_bytes
+from megallm_kernels.rows import next_power_of_2
 
 LOG2_E = 1.4426950408889634
 """exp(x) = exp2(x log2(e)): the exponential that the hardware has."""
+
+MAX_HEAD_DIM = 256
+"""Largest D: a tile of more does not fit the registers."""
+
+CACHE_BYTES = 32 * 2**20
+"""What a section of heads may span of the tensors that pass by: A100 (40 MB) and H100 (50 MB) keep it."""
+
+
+def columns_of(head_dim: int) -> int:
+    """Columns of a tile: the power of two at or above D, at least 16. ValueError if D is too large."""
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head dim {head_dim} is not within 1 to {MAX_HEAD_DIM}, which this kernel takes: use torch's")
+    return max(next_power_of_2(head_dim), 16)
+
+
+def family(arch: int) -> int:
+    """The key of the launch tables: 0 = interpreter, 80, 86 = 80 with less shared memory, 90. ValueError below 80."""
+    limit = shared_limit_bytes(arch)
+    if arch == 0 or 90 <= arch < 100:
+        return arch // 10 * 10
+    return 80 if limit >= shared_limit_bytes(80) else 86
+
+
+def strides(x: torch.Tensor, block_d: int) -> tuple[int, int]:
+    """Of tokens and heads; of a dimension of size 1, which may have any, one that kernels and descriptors take."""
+    return x.stride(0) if x.size(0) > 1 else block_d, x.stride(1) if x.size(1) > 1 else block_d
+
+
+def readable(x: torch.Tensor, *, tma: bool) -> torch.Tensor:
+    """x [T, heads, D] as the kernels read it, with unit stride along D: itself, or a copy with D padded to 16s.
+
+    Pointers: address in multiples of 16 bytes, strides in 16s of elements, which is what Triton tells the compiler of a
+    number. Without it, tiles would be read two bytes at a time, and the addresses spill. Descriptors: strides in
+    multiples of 16 bytes, none 0.
+    """
+    taken = [stride for i, stride in enumerate(x.stride()[:2]) if x.size(i) > 1]
+    if tma:
+        regular = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in taken)
+    else:
+        regular = all(stride % 16 == 0 for stride in taken)
+    if regular and (x.stride(2) == 1 or x.size(2) == 1) and x.data_ptr() % 16 == 0:
+        return x
+    width = triton.cdiv(x.size(2), 16) * 16
+    return x.new_empty((x.size(0), x.size(1), width))[:, :, : x.size(2)].copy_(x)
+
+
+def descriptor(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
+    """Of x [T, heads, D], as [heads, T, D] in blocks [1, rows, block_d]; outside it reads 0. Made on the host."""
+    token, head = strides(x, block_d)
+    return TensorDescriptor(x, [x.size(1), x.size(0), x.size(2)], [head, token, 1], [1, rows, block_d])
 
 
 @triton.jit

@@ -40,7 +40,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megallm_kernels.device import on_its_device, target_of
+from megallm_kernels.device import check_arch, check_dtypes, on_its_device, target_of
 from megallm_kernels.rows import next_power_of_2
 
 IGNORE_INDEX = -100
@@ -62,18 +62,19 @@ class Launch:
     num_warps: int
 
 
-# By architecture, 0 = the interpreter: (largest V', ROWS, most BLOCK, warps). Statistics: 16 elements a thread take 40
+# (largest V', ROWS, most BLOCK, warps). Statistics: 16 elements a thread take 40
 # registers in bf16, so 48 warps of a multiprocessor have 32 bytes a thread under way; 32 elements take 105.
 _SMALL = ((256, 8, 256, 4), (512, 4, 512, 4), (1024, 2, 1024, 4))
-_GPU = (*_SMALL, (16384, 1, 2048, 4), (1 << 31, 1, 4096, 8))
-_STATISTICS = {0: ((1 << 31, 16, 256, 4),), 80: _GPU, 90: _GPU}
-_GRADIENT = {0: ((1 << 31, 16, 256, 4),), 80: (*_SMALL, (1 << 31, 1, 4096, 4)), 90: (*_SMALL, (1 << 31, 1, 4096, 4))}
+_STATISTICS = (*_SMALL, (16384, 1, 2048, 4), (1 << 31, 1, 4096, 8))
+_GRADIENT = (*_SMALL, (1 << 31, 1, 4096, 4))
+_INTERPRETER = ((1 << 31, 16, 256, 4),)
 
 
 def plan(columns: int, *, arch: int, gradient: bool) -> Launch:
-    """Launch settings for rows of `columns` logits; architectures newer than the table take its last entry."""
-    table = _GRADIENT if gradient else _STATISTICS
-    for largest, rows, block, num_warps in table[max(a for a in table if a <= arch)]:
+    """Launch settings for rows of `columns` logits; arch 0 is the interpreter. ValueError if the GPU is too old."""
+    check_arch(arch)
+    table = _INTERPRETER if arch == 0 else _GRADIENT if gradient else _STATISTICS
+    for largest, rows, block, num_warps in table:
         if columns <= largest:
             return Launch(rows=rows, block=min(block, max(next_power_of_2(columns), 16)), num_warps=num_warps)
     raise ValueError(f"{columns} columns are over 2^31 - 1, the most that a row may have: shard the vocabulary")
@@ -259,6 +260,7 @@ def losses(
     """(loss [T], lse [T], entropy [T], or [0] where sums has none), fp32, of statistics over the whole vocabulary."""
     if vocab_size < 1:
         raise ValueError(f"vocab_size is {vocab_size}: give the number of ids of all ranks together")
+    check_smoothing(label_smoothing)
     num_rows, with_entropy = row_max.numel(), sums.size(0) == 4
     row_max, sums = row_max.contiguous(), _unit_columns(sums)
     loss, lse = torch.empty_like(row_max), torch.empty_like(row_max)
@@ -287,6 +289,7 @@ def gradient_(
     """
     out = logits if out is None else out
     valid = _check(logits, labels, valid_columns)
+    check_smoothing(label_smoothing)
     if dentropy is not None and entropy is None:
         raise ValueError("dentropy without entropy: hand in the entropy [T] that `losses` gave")
     num_rows, columns = logits.shape
@@ -310,12 +313,17 @@ def gradient_(
     return out
 
 
+def check_smoothing(label_smoothing: float) -> None:
+    """ValueError unless within [0, 1)."""
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}: give at least 0 (none) and less than 1")
+
+
 def _check(logits: torch.Tensor, labels: torch.Tensor, valid_columns: int | None) -> int:
     """The number of columns that count; ValueError for what the kernels cannot take."""
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: they must be [T, V'] and [T]")
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"logits are {logits.dtype}: the kernel takes float32, bfloat16 and float16")
+    check_dtypes(logits=logits)
     if labels.is_floating_point():
         raise ValueError(f"labels are {labels.dtype}: ids must be integers")
     columns = logits.size(1)

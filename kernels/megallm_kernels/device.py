@@ -24,6 +24,36 @@ class Target:
 INTERPRETER = Target(arch=0, num_sms=2)
 """CPU tensors: two programs are enough to test a persistent grid."""
 
+OLDEST_ARCH = 80
+"""Ampere: older GPUs have no bf16 and no asynchronous copies, which every kernel uses."""
+
+_SHARED_BYTES = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448, 110: 232_448}
+"""Shared memory that one program may take (CUDA C++ Programming Guide, compute capabilities); all others: the least."""
+_LEAST_SHARED_BYTES = 101_376
+
+
+def check_arch(arch: int) -> None:
+    """ValueError for a GPU older than these kernels; 0, the interpreter, is none."""
+    if arch != 0 and arch < OLDEST_ARCH:
+        found, oldest = (f"{a // 10}.{a % 10}" for a in (arch, OLDEST_ARCH))
+        raise ValueError(f"compute capability {found} is below {oldest}, the oldest these kernels run on: use torch's")
+
+
+def shared_limit_bytes(arch: int) -> int:
+    """Shared memory that one program may take; the interpreter's has no limit. ValueError below OLDEST_ARCH."""
+    check_arch(arch)
+    return _SHARED_BYTES.get(arch, _LEAST_SHARED_BYTES) if arch else 1 << 31
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_dtypes(**tensors: torch.Tensor | None) -> None:
+    """ValueError unless each has a dtype that fp32 arithmetic serves: float32, bfloat16 or float16."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}: the kernel takes float32, bfloat16 and float16, cast it")
+
 
 def target_of(tensor: torch.Tensor) -> Target:
     """The target on which kernels over `tensor` run."""

@@ -10,7 +10,8 @@
 Bytes per element in bf16: forward 4 (8 with the addition), backward 6 (8 with it); FLOPs do not matter.
 Tiling: a program holds ROWS whole rows in registers, [ROWS, BLOCK], BLOCK the power of two at or above H. Backward is
 persistent: a fixed number of programs walk over the rows, each keeps its sums of dw and db and writes one row of a
-[programs, H] buffer, which is then summed: no atomics, so the result does not depend on timing.
+[programs, H] buffer, which is then summed: no atomics, so the result does not depend on timing. The longest rows leave
+no registers for the sums of LayerNorm or of fp32: there a kernel of its own reads x and dy again, by blocks of columns.
 Every accumulator and statistic is fp32; a result is rounded once, when it is stored.
 int64: row numbers (below 2^31) are divided as int32 and widened before they meet a stride; offsets inside a row stay
 int32.
@@ -27,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megallm_kernels.device import on_its_device, target_of
+from megallm_kernels.device import check_dtypes, on_its_device, shared_limit_bytes, target_of
 from megallm_kernels.rows import as_rows, next_power_of_2
 
 MAX_HIDDEN = 16384
@@ -47,25 +48,53 @@ class Launch:
     """Of the persistent backward."""
     stages: int
     """Tiles of the persistent backward that are on their way from memory at a time (cp.async), the current one too."""
+    sums_apart: bool
+    """Whether dweight and dbias have a kernel of their own."""
 
 
-# (largest BLOCK, elements a tile, warps, programs per multiprocessor, stages), the last two for backward; 16 bytes a
-# thread and access. The longest rows leave no registers for a second tile.
-_FORWARD = ((1024, 2048, 4, 0, 1), (4096, 4096, 8, 0, 1), (8192, 8192, 8, 0, 1), (16384, 16384, 16, 0, 1))
-_BACKWARD = (
-    (256, 1024, 4, 8, 3), (1024, 2048, 4, 4, 3), (4096, 4096, 8, 2, 3), (8192, 8192, 16, 1, 3), (16384, 16384, 32, 1, 1)
+# (largest BLOCK, elements a tile, warps, programs per multiprocessor, stages, sums apart), the last three for backward;
+# 16 bytes a thread and access. The longest rows leave no registers for a second tile.
+_Row = tuple[int, int, int, int, int, bool]
+_FORWARD: tuple[_Row, ...] = (
+    (1024, 2048, 4, 0, 1, False), (4096, 4096, 8, 0, 1, False), (8192, 8192, 8, 0, 1, False),
+    (16384, 16384, 16, 0, 1, False),
+)  # fmt: skip
+_BACKWARD: tuple[_Row, ...] = (
+    (256, 1024, 4, 8, 3, False), (1024, 2048, 4, 4, 3, False), (4096, 4096, 8, 2, 3, False),
+    (8192, 8192, 16, 1, 3, False), (16384, 16384, 32, 1, 1, False),
+)  # fmt: skip
+_CROWDED_BACKWARD: tuple[_Row, ...] = (*_BACKWARD[:-1], (16384, 16384, 32, 1, 1, True))
+"""Of LayerNorm, of fp32, and on GPUs other than sm_80 and sm_90. Past 8192 LayerNorm in fp32 still spills: stacks of 48
+bytes (sm_90) and 32 (sm_80) with Triton 3.6, of 8 (sm_90) with 3.9."""
+# Rows whose length is not a multiple of 16 are read element by element, with an address and a mask each. Past 8192 they
+# spill (Triton 3.9): stacks of up to 120 bytes forward and 40 backward on sm_90, 16 and 16 on sm_80.
+_UNALIGNED_FORWARD: tuple[_Row, ...] = (*_FORWARD[:-2], (8192, 8192, 16, 0, 1, False), (16384, 16384, 32, 0, 1, False))
+_UNALIGNED_BACKWARD: tuple[_Row, ...] = (
+    (256, 1024, 4, 8, 1, False), (1024, 2048, 4, 4, 1, False), (4096, 4096, 16, 2, 1, False),
+    (8192, 8192, 32, 1, 1, True), (16384, 16384, 32, 1, 1, True),
 )  # fmt: skip
 
+_REDUCTION_BYTES = 1024
+"""Shared memory of the backward besides its stages: sums that the warps exchange."""
 
-def plan(hidden_size: int, *, backward: bool) -> Launch:
-    """Launch settings for rows of `hidden_size` elements; ValueError if one row is too long."""
+
+def plan(hidden_size: int, *, backward: bool, arch: int = 0, element_bytes: int = 2, centered: bool = False) -> Launch:
+    """Launch settings for rows of `hidden_size` elements; ValueError if one row is too long or the GPU too old."""
     block = next_power_of_2(hidden_size)
-    for largest, elements, num_warps, programs_per_sm, stages in _BACKWARD if backward else _FORWARD:
+    limit_bytes = shared_limit_bytes(arch) - _REDUCTION_BYTES
+    crowded = centered or element_bytes > 2 or arch not in (0, 80, 90)
+    if backward:
+        table = _UNALIGNED_BACKWARD if hidden_size % 16 else _CROWDED_BACKWARD if crowded else _BACKWARD
+    else:
+        table = _UNALIGNED_FORWARD if hidden_size % 16 else _FORWARD
+    for largest, elements, num_warps, programs_per_sm, stages, sums_apart in table:
         if block <= largest:
             rows = max(elements // block, 1)
+            fitting = limit_bytes // (2 * rows * block * element_bytes)  # of x and dy
             return Launch(
-                rows=rows, block=block, num_warps=num_warps, programs_per_sm=programs_per_sm, stages=stages
-            )
+                rows=rows, block=block, num_warps=num_warps, programs_per_sm=programs_per_sm,
+                stages=max(min(stages, fitting), 1), sums_apart=sums_apart,
+            )  # fmt: skip
     raise ValueError(f"hidden size {hidden_size} is over {MAX_HIDDEN}, the longest row of this kernel: use torch's")
 
 
@@ -130,7 +159,7 @@ def backward_kernel(
         g = tl.load(dy + _at(row, column, dy_inner_rows, dy_outer, dy_inner), mask=inside, other=0.0).to(tl.float32)
         r = tl.load(rstd + row, mask=in_rows, other=0.0)
         if CENTERED:
-            u = tl.where(inside, u - tl.load(mean + row, mask=in_rows, other=0.0)[:, None], 0.0)
+            u -= tl.load(mean + row, mask=in_rows, other=0.0)[:, None]  # past the row's end g is 0: no effect
         u *= r[:, None]
         if NEEDS_DWEIGHT:
             dw += tl.sum(g * u, axis=0)
@@ -155,6 +184,40 @@ def backward_kernel(
             tl.store(dbias + at, db, mask=in_row)
 
 
+_APART_ROWS, _APART_COLUMNS = 16, 128
+"""Tile of the sums apart: 256-byte pieces of bf16 rows, 16 elements a thread and operand."""
+_APART_PARTIAL = 16
+"""Most partial sums of a column: with the 65 or more blocks of columns enough programs for any GPU, and few to add."""
+
+
+@triton.jit
+def sums_kernel(
+    dy, x, mean, rstd, dweight, dbias,
+    num_rows, hidden, x_inner_rows, x_outer, x_inner, dy_inner_rows, dy_outer, dy_inner,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CENTERED: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS columns of row p of dweight and dbias [programs, H] fp32, over the tiles p, p + programs, ... of rows."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    in_row = column < hidden
+    dw = tl.zeros([COLUMNS], dtype=tl.float32)
+    db = tl.zeros([COLUMNS], dtype=tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        in_rows = row < num_rows
+        inside = in_rows[:, None] & in_row[None, :]
+        u = tl.load(x + _at(row, column, x_inner_rows, x_outer, x_inner), mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dy + _at(row, column, dy_inner_rows, dy_outer, dy_inner), mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(rstd + row, mask=in_rows, other=0.0)
+        if CENTERED:
+            u -= tl.load(mean + row, mask=in_rows, other=0.0)[:, None]
+            db += tl.sum(g, axis=0)
+        dw += tl.sum(g * (u * r[:, None]), axis=0)
+    at = tl.program_id(0) * hidden + column
+    tl.store(dweight + at, dw, mask=in_row)
+    if CENTERED:
+        tl.store(dbias + at, db, mask=in_row)
+
+
 _SUM_ROWS, _SUM_COLUMNS = 64, 32
 """Tile of the second pass: 32 fp32 columns are one 128-byte line of each row."""
 
@@ -174,12 +237,25 @@ def sum_rows_kernel(partial, out, num_rows, hidden, ROWS: tl.constexpr, COLUMNS:
 _Outputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """`as_rows`, of a copy where long rows could not be read 16 bytes at a time but a copy's can."""
+    rows = as_rows(x)
+    regular = rows.data_ptr() % 16 == 0 and all(rows.stride(i) % 16 == 0 for i in (0, 1) if rows.size(i) > 1)
+    if regular or x.size(-1) <= 1024 or x.size(-1) % 16:
+        return rows
+    return as_rows(x.clone(memory_format=torch.contiguous_format))
+
+
 def _strides(rows: torch.Tensor) -> tuple[int, int, int]:
-    return rows.size(1), rows.stride(0), rows.stride(1)
+    hidden = rows.size(2)  # a dimension of size 1 may have any stride: give one that is aligned where rows are
+    outer, inner = (rows.stride(i) if rows.size(i) > 1 else hidden for i in (0, 1))
+    return rows.size(1), outer, inner
 
 
 def _check(x: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """ValueError unless weight and bias are [H], the others shaped as x, all on x's device, rows below 2^31."""
+    """ValueError unless weight and bias are [H], the others shaped as x, all on x's device and of 16 or 32 bits,
+    rows below 2^31."""
+    check_dtypes(x=x, **others)
     if x.dim() == 0 or x.numel() // max(x.size(-1), 1) >= 2**31:
         raise ValueError(f"x {tuple(x.shape)} is not [..., H] with fewer than 2^31 rows")
     for name, other in others.items():
@@ -201,11 +277,11 @@ def forward(
     num_rows = y.numel() // max(hidden, 1)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     mean = rstd.new_empty(0 if bias is None else num_rows)
-    launch = plan(hidden, backward=False)
+    launch = plan(hidden, backward=False, arch=target_of(x).arch, element_bytes=x.element_size())
     if y.numel() == 0:
         return y, new_residual, mean, rstd
-    rows = as_rows(x)
-    added = rows if residual is None else as_rows(residual)
+    rows = _rows(x)
+    added = rows if residual is None else _rows(residual)
     weight, bias = weight.contiguous(), weight if bias is None else bias.contiguous()
     forward_kernel[(triton.cdiv(num_rows, launch.rows),)](
         rows, added, weight, bias, y, y if new_residual is None else new_residual, mean, rstd,
@@ -225,24 +301,35 @@ def backward(
     hidden, num_rows = x.size(-1), rstd.numel()
     _check(x, weight=weight, dy=dy, dnew_residual=dnew_residual)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch = plan(hidden, backward=True)
-    num_programs = min(triton.cdiv(num_rows, launch.rows), target_of(x).num_sms * launch.programs_per_sm)
-    partial = torch.empty((2, num_programs if needs_dweight else 0, hidden), dtype=torch.float32, device=x.device)
+    target = target_of(x)
+    element_bytes = max(x.element_size(), dy.element_size())
+    launch = plan(hidden, backward=True, arch=target.arch, element_bytes=element_bytes, centered=centered)
+    num_programs = min(triton.cdiv(num_rows, launch.rows), target.num_sms * launch.programs_per_sm)
+    num_partial = num_programs
+    if launch.sums_apart:
+        num_partial = min(triton.cdiv(num_rows, _APART_ROWS), _APART_PARTIAL)
+    partial = torch.empty((2, num_partial if needs_dweight else 0, hidden), dtype=torch.float32, device=x.device)
     if num_rows:
-        rows, drows = as_rows(x), as_rows(dy)
-        dres = drows if dnew_residual is None else as_rows(dnew_residual)
+        rows, drows = _rows(x), _rows(dy)
+        dres = drows if dnew_residual is None else _rows(dnew_residual)
+        mean, rstd = mean.contiguous(), rstd.contiguous()
         backward_kernel[(num_programs,)](
-            drows, rows, weight.contiguous(), mean.contiguous(), rstd.contiguous(), dres, dx, *partial,
+            drows, rows, weight.contiguous(), mean, rstd, dres, dx, *partial,
             num_rows, hidden, *_strides(rows), *_strides(drows), *_strides(dres),
             ROWS=launch.rows, BLOCK=launch.block, CENTERED=centered, ADD=dnew_residual is not None,
-            NEEDS_DWEIGHT=needs_dweight, STAGES=launch.stages, num_warps=launch.num_warps,
+            NEEDS_DWEIGHT=needs_dweight and not launch.sums_apart, STAGES=launch.stages, num_warps=launch.num_warps,
         )  # fmt: skip
+        if needs_dweight and launch.sums_apart:
+            sums_kernel[(num_partial, triton.cdiv(hidden, _APART_COLUMNS))](
+                drows, rows, mean, rstd, *partial, num_rows, hidden, *_strides(rows), *_strides(drows),
+                ROWS=_APART_ROWS, COLUMNS=_APART_COLUMNS, CENTERED=centered, num_warps=4,
+            )  # fmt: skip
     if not needs_dweight:
         return dx, weight.new_empty(0), weight.new_empty(0)
     sums = [torch.empty(hidden, dtype=weight.dtype, device=x.device) for _ in range(1 + centered)]
     for each, rows_of_sums in zip(sums, partial, strict=False):
         sum_rows_kernel[(triton.cdiv(hidden, _SUM_COLUMNS),)](
-            rows_of_sums, each, num_programs, hidden, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
+            rows_of_sums, each, num_partial, hidden, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
         )
     return dx, sums[0], sums[1] if centered else weight.new_empty(0)
 

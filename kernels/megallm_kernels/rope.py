@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megallm_kernels.device import on_its_device
+from megallm_kernels.device import check_dtypes, on_its_device
 from megallm_kernels.rows import next_power_of_2
 
 
@@ -130,6 +130,10 @@ def _check(
     if x.dim() != 3 or cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.size(1) > x.size(2):
         shapes = f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
         raise ValueError(f"rope takes x [tokens, heads, head_dim], equal tables [rows, rotary_dim / 2], got {shapes}")
+    check_dtypes(x=x, cos=cos, sin=sin)
+    for name, numbers in (("positions", positions), ("cu_seqlens", cu_seqlens)):
+        if numbers is not None and numbers.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} are {numbers.dtype}: rope takes int32 and int64")
     if positions is not None and cu_seqlens is not None:
         raise ValueError("rope takes positions or cu_seqlens, not both")
     if positions is None and cu_seqlens is None and cos.size(0) < x.size(0):
@@ -164,7 +168,20 @@ def rope_(
     """Rotates x [T, h, D] in place; unit stride along D. Not differentiable: the caller's Function undoes it."""
     if x.stride(-1) != 1 and x.size(-1) > 1:
         raise ValueError(f"rope_ needs unit stride along head_dim, got strides {tuple(x.stride())}: use rope")
+    if x.numel() and _overlaps(x):
+        raise ValueError(f"rope_ would rotate elements of x twice, strides {tuple(x.stride())} overlap: use rope")
     launch_rope(x, x, cos.contiguous(), sin.contiguous(), positions, cu_seqlens, conjugate=conjugate)
+
+
+def _overlaps(x: torch.Tensor) -> bool:
+    """Whether elements of x [T, h, D] may share memory: a stride is shorter than what lies inside it."""
+    reach = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach = stride * (size - 1) + reach
+    return False
 
 
 @rope.register_fake

@@ -25,7 +25,7 @@ import torch
 
 from megallm.config.backends import BACKENDS, parse_backends
 
-FLASH_ATTENTION_2, FLASH_ATTENTION_4 = "flash_attn", "flash_attn.cute"
+FLASH_ATTENTION_2, FLASH_ATTENTION_4 = "flash_attn.flash_attn_interface", "flash_attn.cute"
 MEASURED = Path(__file__).with_name("measured.csv")
 """Rows gpu, op, dtype, size, backend, microseconds (forward and backward) and where they come from; written by
 benchmarks/gpu.py --update-table."""

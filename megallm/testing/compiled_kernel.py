@@ -13,9 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448}
-"""Shared memory that one program may take (CUDA C++ Programming Guide, compute capabilities)."""
-
 _COUNTED = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDG", "STG", "LDL", "STL", "RED", "ATOM")
 
 

@@ -13,21 +13,22 @@ _LENGTHS = ("num_queries", "num_keys", "num_sequences", "num_tiles", "section", 
 def cases() -> list[CompileCase]:
     """Packed documents with a window and a softcap, which take most registers; causal alone, as in training."""
     out = [_case(arch, head_dim, True) for arch in (80, 90) for head_dim in (64, 128, 256)]
-    out += [_case(80, head_dim, True, wide=True) for head_dim in (64, 128, 256)]
+    out += [_case(80, head_dim, True, wide=True) for head_dim in (16, 64, 128, 256)]
+    out.append(_case(90, 64, True, wide=True))
     out += [_case(80, 128, False), _case(90, 128, False), _case(90, 80, False)]
-    return out + [_case(90, 128, True, aligned=False)]
+    return [*out, _case(89, 256, True)]
 
 
-def _case(arch: int, head_dim: int, full: bool, *, wide: bool = False, aligned: bool = True) -> CompileCase:
+def _case(arch: int, head_dim: int, full: bool, *, wide: bool = False) -> CompileCase:
     kernel: Any = attention.forward_kernel
     element = "fp32" if wide else "bf16"
-    launch = attention.plan(arch, head_dim, element_bytes=4 if wide else 2, aligned=aligned)
+    launch = attention.plan(arch, head_dim, element_bytes=4 if wide else 2)
     source = f"tensordesc<{element}[1,{launch.block_n},{launch.block_d}]>" if launch.tma else f"*{element}"
     types = {name: "i32" for name in kernel.arg_names}
     types |= {"q": f"*{element}", "k": source, "v": source, "out": f"*{element}", "lse": "*fp32", "table": "*i32"}
     what = "packed, window, softcap" if full else "causal"
     return CompileCase(
-        name=f"D {head_dim} {element} {what}{'' if aligned else ', unaligned'}, table of sm_{arch}",
+        name=f"D {head_dim} {element} {what}, table of sm_{arch}",
         kernel=kernel,
         signature={**types, "scale": "fp32", "softcap": "fp32"},
         constexprs={

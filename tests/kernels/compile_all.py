@@ -21,7 +21,8 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "kernels")]
 
-from megallm.testing.compiled_kernel import SHARED_LIMIT_BYTES, CompileCase, compile_case  # noqa: E402
+from megallm.testing.compiled_kernel import CompileCase, compile_case  # noqa: E402
+from megallm_kernels.device import shared_limit_bytes  # noqa: E402
 
 REGISTER_SLACK = 8
 """Registers are given out eight at a time; a difference below that is the assembler's noise."""
@@ -30,13 +31,17 @@ REGISTER_SLACK = 8
 def main() -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", default=sorted(p.stem[6:] for p in HERE.glob("cases_*.py")))
+    known = sorted(path.stem.removeprefix("cases_") for path in HERE.glob("cases_*.py"))
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
+    unknown = [op for op in arguments.ops if op not in known]
+    if unknown:  # argparse's choices refuse the empty list of a positional "*" in some versions of Python
+        parser.error(f"no such op: {', '.join(unknown)}; there are {', '.join(known)}")
     problems = []
     with ProcessPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
-        for op in arguments.ops:
+        for op in arguments.ops or known:
             problems += _one_op(op, pool, write=arguments.write, check=arguments.check)
     print("\n".join(problems), file=sys.stderr)
     return 1 if problems else 0
@@ -80,8 +85,8 @@ def faults(case: CompileCase, arch: int, found: dict[str, Any]) -> list[str]:
     out = []
     if found["stack_bytes"]:
         out.append(f"registers spill: stack of {found['stack_bytes']} bytes")
-    if found["shared_bytes"] > SHARED_LIMIT_BYTES[arch]:
-        out.append(f"shared memory {found['shared_bytes']} is over the limit {SHARED_LIMIT_BYTES[arch]}")
+    if found["shared_bytes"] > shared_limit_bytes(arch):
+        out.append(f"shared memory {found['shared_bytes']} is over the limit {shared_limit_bytes(arch)}")
     expected = {"HGMMA" if arch == 90 else "HMMA"} if case.tensor_cores else set()
     expected |= {"UTMALDG"} if case.tma and arch == 90 else set()
     out += [f"no {name} in the machine code" for name in sorted(expected) if not found["instructions"][name]]

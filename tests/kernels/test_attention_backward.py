@@ -267,7 +267,22 @@ def test_descriptors_read_the_same_tiles(dtype: torch.dtype) -> None:
 
 def test_a_head_too_wide_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match="head dim 257 is not within 1 to 256"):
-        kernel.plan(90, 257, element_bytes=2, aligned=True, deterministic=True)
+        kernel.plan(90, 257, element_bytes=2, deterministic=True)
+
+
+def test_a_gpu_too_old_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="compute capability 7.5 is below 8.0"):
+        kernel.plan(75, 64, element_bytes=2, deterministic=True)
+
+
+@pytest.mark.parametrize("arch", [86, 89, 120])
+def test_tiles_of_small_gpus_fit_their_shared_memory(arch: int) -> None:
+    """Both tiles that stay, two that pass by for each stage, and ds."""
+    for head_dim in (64, 128, 256):
+        launch = kernel.plan(arch, head_dim, element_bytes=2, deterministic=True).queries
+        assert launch is not None
+        tiles = launch.block_m * 2 + 2 * launch.num_stages * launch.block_n
+        assert 2 * head_dim * tiles <= 101_376 + 2 * head_dim * launch.block_m  # q or dout may stay in registers
 
 
 def test_addresses_past_2_to_the_31_elements_are_right() -> None:

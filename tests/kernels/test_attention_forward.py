@@ -13,6 +13,7 @@ from kernel_checks import DTYPES, normal, run_alone, strided
 
 from megallm.testing.tolerances import assert_close
 from megallm_kernels.attention_forward import forward, plan
+from megallm_kernels.attention_tiles import family, readable
 
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -169,7 +170,7 @@ def test_descriptors_read_the_same_as_pointers(dtype: torch.dtype, specialize: b
     q, k, v = inputs(101, 101, 4, 2, 80, dtype)
     q, k, v = torch.cat([q, k, v], dim=1).split([4, 2, 2], dim=1)
     launch = dataclasses.replace(
-        plan(0, 80, element_bytes=4, aligned=True), tma=True, warp_specialize=specialize, block_n=64
+        plan(0, 80, element_bytes=4), tma=True, warp_specialize=specialize, block_n=64
     )
     for offsets in ([0, 101], [0, 40, 40, 90]):
         for causal in (True, False) if not window else (True,):
@@ -210,7 +211,7 @@ buffer = torch.empty(2**31 + 2**20, dtype=torch.float16)
 q, k, v = (buffer[2**18 * i :].as_strided((3, 1, 16), (2**30, 16, 1)) for i in range(3))
 for x in (q, k, v):
     x.normal_(generator=torch.Generator().manual_seed(1))
-launch = dataclasses.replace(plan(0, 16, element_bytes=2, aligned=True), tma={tma})
+launch = dataclasses.replace(plan(0, 16, element_bytes=2), tma={tma})
 settings = dict(batch_size=1, max_seqlen_q=3, max_seqlen_k=3, causal=True, window=0, softcap=0.0, scale=0.25)
 far = forward(q, k, v, None, None, launch=launch, **settings)
 near = forward(q.contiguous(), k.contiguous(), v.contiguous(), None, None, **settings)
@@ -251,3 +252,36 @@ def test_scale_is_used_as_given() -> None:
     q, k, v = inputs(40, 40, 1, 1, 16, torch.float32)
     expected = reference(q, k, v, [0, 40], [0, 40], scale=1 / math.pi)
     compare(run(q, k, v, [0, 40], [0, 40], scale=1 / math.pi), expected, v, 40)
+
+
+def test_a_family_holds_the_gpus_with_as_much_shared_memory() -> None:
+    found = {arch: family(arch) for arch in (0, 80, 86, 87, 89, 90, 100, 120)}
+    assert found == {0: 0, 80: 80, 86: 86, 87: 80, 89: 86, 90: 90, 100: 80, 120: 86}
+    with pytest.raises(ValueError, match="compute capability 7.5 is below 8.0"):
+        plan(75, 64, element_bytes=2)
+
+
+@pytest.mark.parametrize("arch", [86, 89, 120])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_tiles_of_small_gpus_fit_their_shared_memory(arch: int, head_dim: int) -> None:
+    """The tile of queries, and that of keys and of values for each stage."""
+    launch = plan(arch, head_dim, element_bytes=2)
+    assert 2 * head_dim * (launch.block_m + 2 * launch.num_stages * launch.block_n) <= 101_376
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+def test_tensors_are_copied_only_where_their_strides_are_read_badly(tma: bool) -> None:
+    wide = torch.arange(3 * 2 * 24, dtype=torch.bfloat16).view(3, 2, 24)
+    assert readable(wide[..., :16], tma=tma).data_ptr() == wide.data_ptr() or not tma  # 24 elements are 3 x 16 bytes
+    for x in (wide[..., :5], wide[..., 3:8], wide[..., ::2], wide[:, :, :7].transpose(0, 1)):
+        copy = readable(x, tma=tma)
+        assert torch.equal(copy, x) and copy.stride(2) == 1
+        assert copy.stride(0) % 8 == 0 and copy.stride(1) % 8 == 0 and copy.data_ptr() % 16 == 0
+    expanded = wide[:, :1, :16].expand(3, 2, 16)
+    assert torch.equal(readable(expanded, tma=tma), expanded) and (readable(expanded, tma=True).stride(1) > 0)
+
+
+def test_a_dtype_that_fp32_arithmetic_does_not_serve_is_refused() -> None:
+    q, k, v = inputs(5, 5, 2, 1, 16, torch.float64)
+    with pytest.raises(ValueError, match="q is torch.float64"):
+        run(q, k, v, [0, 5], [0, 5])

@@ -299,6 +299,13 @@ def test_settings_a_user_gets_wrong_are_named() -> None:
     lse = torch.zeros(4)
     with pytest.raises(ValueError, match="must not overlap"):
         kernels.gradient_(logits[:1].expand(4, 10), labels, lse, lse, vocab_size=10)
+    for smoothing in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="label_smoothing"):
+            kernels.gradient_(logits, labels, lse, lse, vocab_size=10, label_smoothing=smoothing)
+        with pytest.raises(ValueError, match="label_smoothing"):
+            ce.token_losses(logits, labels, 10, IGNORED, smoothing, 0.0, False)
+    with pytest.raises(ValueError, match="compute capability 7.5 is below 8.0"):
+        kernels.plan(32000, arch=75, gradient=False)
     with pytest.raises(ValueError, match="without entropy"):
         kernels.gradient_(logits, labels, lse, lse, dentropy=lse, vocab_size=10)
 

@@ -180,3 +180,31 @@ assert torch.equal(y, near)
 dx = norm.norm_backward(dy, x, weight, mean, rstd, False, dy, True)[0]
 assert torch.equal(dx, norm.norm_backward(dy.contiguous(), x.contiguous(), weight, mean, rstd, False, dy, True)[0])
 """)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("width", [8200, 16384])
+def test_the_longest_rows_have_their_sums_apart(dtype: torch.dtype, width: int) -> None:
+    x, dy = (normal(35, width, dtype=dtype, seed=s) for s in (1, 2))
+    assert kernel.plan(width, backward=True, element_bytes=x.element_size(), centered=True).sums_apart
+    check(x, None, centered=True, dy=dy)
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 120])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_the_stages_of_a_long_row_fit_the_shared_memory(arch: int, element_bytes: int) -> None:
+    limit = {80: 166_912, 90: 232_448}.get(arch, 101_376)
+    for hidden in (1024, 4096, 8192):
+        launch = kernel.plan(hidden, backward=True, arch=arch, element_bytes=element_bytes)
+        assert launch.stages >= 1
+        assert launch.stages == 1 or launch.stages * 2 * launch.rows * launch.block * element_bytes < limit
+    with pytest.raises(ValueError, match="compute capability 7.5 is below 8.0"):
+        kernel.plan(64, backward=False, arch=75)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_other_dtypes_are_refused_in_words(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"x is {dtype}: the kernel takes float32, bfloat16 and float16"):
+        kernel.norm(torch.ones(3, 8, dtype=dtype), torch.ones(8), None, EPS)
+    with pytest.raises(ValueError, match="weight is"):
+        kernel.norm(torch.ones(3, 8), torch.ones(8, dtype=dtype), None, EPS)

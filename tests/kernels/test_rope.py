@@ -91,6 +91,12 @@ def test_bad_shapes_are_refused_in_words() -> None:
         rope(x, cos, sin, torch.arange(4), torch.tensor([0, 4]))
     with pytest.raises(ValueError, match="unit stride"):
         rope_(strided(x), cos, sin)
+    with pytest.raises(ValueError, match="overlap"):
+        rope_(x[:, :1].expand(4, 2, 8), cos, sin)
+    with pytest.raises(ValueError, match="x is torch.float64"):
+        rope(x.double(), cos, sin)
+    with pytest.raises(ValueError, match="positions are torch.float32"):
+        rope(x, cos, sin, torch.arange(4).float())
 
 
 def test_positions_of_any_stride_are_read() -> None:
