@@ -286,6 +286,24 @@ def test_an_expected_scale_of_zero_does_not_spoil_the_gradient() -> None:
     assert_close(grads[1], grads[0], terms=H + 2 * V)
 
 
+@pytest.mark.parametrize(
+    ("op", "dtype", "size", "why"),
+    [
+        ("attention", torch.float32, 256, "at most 128"),
+        ("attention", torch.bfloat16, 256, None),
+        ("attention", torch.float32, 128, None),
+        ("layer_norm", torch.float32, 16384, "longest row is 8192"),
+        ("layer_norm", torch.bfloat16, 16384, None),
+        ("rms_norm", torch.float32, 16384, None),
+        ("rms_norm", torch.bfloat16, 8200, "multiple of 16"),
+        ("rms_norm", torch.bfloat16, 8208, None),
+    ],
+)
+def test_forms_that_would_spill_are_refused(op: str, dtype: torch.dtype, size: int, why: str | None) -> None:
+    found = refusal(Situation(op=op, device=CPU, dtype=dtype, size=size), "triton")
+    assert found is None if why is None else found is not None and why in found
+
+
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that packages are imported from."""

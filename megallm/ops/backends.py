@@ -165,7 +165,21 @@ def _triton_refusal(case: Case) -> str | None:
         return "it has no fp64 form"
     if case.device.type != "cuda" and not _is_interpreting():
         return "it needs a GPU (or TRITON_INTERPRET=1, which interprets kernels on the CPU, slowly)"
-    return _length_refusal(case)
+    return _length_refusal(case) or _spill_refusal(case)
+
+
+def _spill_refusal(case: Case) -> str | None:
+    """Of forms that take more registers than there are: they would run, slowly, out of local memory."""
+    size, is_wide = case.size, case.dtype == torch.float32
+    if case.op == "attention" and is_wide and size > 128:
+        return f"in fp32 its heads have at most 128 elements, these have {size}"
+    if case.op == "layer_norm" and is_wide and size > 8192:
+        return f"in fp32 its longest row is 8192, this one has {size}"
+    if case.op in ("rms_norm", "layer_norm") and size > 8192 and size % 16:
+        return f"rows over 8192 must be a multiple of 16, this one has {size}"
+    if case.op == "grouped_gemm" and size % 16 and case.device.type == "cuda":
+        return f"its sizes must be multiples of 16, this one is {size}"
+    return None
 
 
 def _length_refusal(case: Case) -> str | None:
