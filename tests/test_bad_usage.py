@@ -112,7 +112,10 @@ CASES = {
         ["--backend", "attention=flash-attn", "--backend", "rope=torch"], 1, ["attention=flash-attn", "needs a GPU"],
     ),
     "back_end_of_an_operation_it_lacks": (["--backend", "layer_norm=torch"], 1, ["has no layer_norm", "rms_norm"]),
-    "zero_not_there_yet": (["--zero", "2"], 1, ["zero"]),
+    "no_such_zero_stage": (["--zero", "4"], 1, ["--zero", "4"]),
+    "shards_that_do_not_divide": (["--zero", "1", "--zero-shard-size", "3"], 4, ["zero_shard_size (3)", "4 data-par"]),
+    "shards_of_nothing": (["--zero-shard-size", "2"], 2, ["zero_shard_size (2)", "zero 1, 2 or 3"]),
+    "nothing_gathered_to_keep": (["--zero", "2", "--zero-keep"], 2, ["zero_keep", "stage 3"]),
     "precision_not_there_yet": (["--precision", "fp8"], 1, ["fp8", "bf16"]),
 }  # fmt: skip
 

@@ -31,6 +31,11 @@ RESUMES = [
     Case(model=TIED, precision="fp32", tp=2, pp=2),
     Case(model=QWEN3, precision="bf16", tp=4),
     Case(model=TIED, precision="bf16", pp=2, dp=2),
+    Case(model=UNTIED, precision="bf16", dp=2, zero=1),
+    Case(model=TIED, precision="bf16", dp=2, zero=2),
+    Case(model=UNTIED, precision="bf16", dp=2, zero=3),
+    Case(model=TIED, precision="fp32", pp=2, dp=2, zero=3),
+    Case(model=QWEN2, precision="bf16", dp=4, zero=2, shard=2, mbs=2),
 ]
 RESHARDS = [
     (Case(model=TIED, tp=2, pp=2), Case(model=TIED, pp=2, v=2, dp=2, mbs=2)),
@@ -40,6 +45,11 @@ RESHARDS = [
     (Case(model=QWEN2, pp=2, v=2, dp=2, mbs=2), Case(model=QWEN2, pp=4)),
     (Case(model=UNTIED, tp=4), Case(model=UNTIED, pp=4)),
     (Case(model=UNTIED, tp=2, pp=2, v=2), Case(model=UNTIED, tp=2, dp=2)),
+    (Case(model=TIED, dp=4, mbs=2, zero=3), Case(model=TIED, tp=2, pp=2)),
+    (Case(model=QWEN3, tp=2, dp=2, zero=2), Case(model=QWEN3, dp=4, mbs=2, zero=1)),
+    (Case(model=QWEN2, pp=2, dp=2, v=2, mbs=2, zero=1), Case(model=QWEN2, dp=4, mbs=2, zero=3)),
+    (Case(model=TIED, tp=2, pp=2), Case(model=TIED, tp=2, dp=2, zero=3)),
+    (Case(model=UNTIED, dp=4, mbs=2, zero=2, shard=2), Case(model=UNTIED, pp=2, dp=2, zero=2)),
 ]
 EVERY_PAIR = pytest.mark.parametrize(
     "number", range(len(RESHARDS)), ids=lambda n: f"{RESHARDS[n][0].name}-to-{RESHARDS[n][1].name}"
@@ -50,17 +60,24 @@ Curve = list[tuple[float, float]]
 def state_parts(engine: Engine) -> list[Part]:
     """Weights and optimizer state of this rank, optimizer tensors named kind.NAME."""
     assert engine.optimizer is not None
-    parts = parts_of(engine.model, {n: p.data for n, p in engine.model.named_parameters()})
-    for kind, tensors in engine.optimizer.state().items():
-        for part in parts_of(engine.model, tensors):
-            parts.append(Part(f"{kind}.{part.name}", part.shape, part.start, part.data))
-    return parts
+    slices = sharded._weights(engine.model, engine.flat)
+    for kind, parts in engine.optimizer.state().items():
+        slices += sharded._part_slices(engine.model, parts, prefix=f"{kind}.", is_owner=False)
+    return [Part(s.name, s.shape, s.start, s.data.clone()) for s in slices]
+
+
+def masters_of(engine: Engine) -> dict[str, torch.Tensor]:
+    """Of one rank, flat."""
+    assert engine.optimizer is not None
+    return {part.name: part.data for part in engine.optimizer.state()["master"]}
 
 
 def other_engine(case: Case) -> Engine:
     """An engine whose weights are those of another seed, so that nothing is right by chance."""
     engine = make_engine(case)
-    engine.model.initialize(99)
+    assert engine.flat is not None
+    for names in engine.flat.refill():
+        engine.model.initialize(99, names=names)
     return engine
 
 
@@ -211,8 +228,7 @@ def test_an_fp32_run_takes_the_master_weights_of_a_bf16_checkpoint(tmp_path: Pat
     half.save(str(tmp_path))
     full = other_engine(Case(model=UNTIED, precision="fp32"))
     full.load(str(tmp_path))
-    assert half.optimizer is not None
-    masters = half.optimizer.state()["master"]
+    masters = masters_of(half)
     for name, parameter in full.model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter.data.view(-1), masters[name]), name
@@ -225,8 +241,7 @@ def test_a_bf16_run_takes_the_weights_of_an_fp32_checkpoint_as_masters(tmp_path:
     full.save(str(tmp_path))
     half = other_engine(Case(model=UNTIED, precision="bf16"))
     half.load(str(tmp_path))
-    assert half.optimizer is not None
-    masters, weights = half.optimizer.state()["master"], dict(full.model.named_parameters())
+    masters, weights = masters_of(half), dict(full.model.named_parameters())
     for name, parameter in half.model.named_parameters():
         assert torch.equal(parameter.data, weights[name].data.bfloat16()), name
         assert torch.equal(masters[name].bfloat16(), parameter.data.view(-1)), name

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -66,6 +66,9 @@ class Case:
     mbs: int = 4
     recompute: Recompute = "none"
     precision: str = "fp64"
+    zero: Literal[0, 1, 2, 3] = 0
+    shard: int | None = None
+    keep: bool = False
 
     @property
     def world_size(self) -> int:
@@ -84,7 +87,7 @@ class Case:
 
 def make_engine(case: Case, **overrides: Any) -> Engine:
     """The case's engine on this rank, fresh. A collective of the case's world."""
-    mesh = Mesh.build(tp=case.tp, pp=case.pp, dp=case.dp)
+    mesh = Mesh.build(tp=case.tp, pp=case.pp, dp=case.dp, shard_size=case.shard)
     options: dict[str, Any] = {
         "parallel": ParallelConfig(
             tp=case.tp,
@@ -92,6 +95,8 @@ def make_engine(case: Case, **overrides: Any) -> Engine:
             virtual_stages=case.v,
             schedule=case.schedule,
             sequence_parallel=case.sp,
+            zero=case.zero,
+            zero_keep=case.keep,
             bucket_size=5000,  # several buckets a model
         ),
         "optim": OPTIM,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -141,19 +142,27 @@ class HFWeights:
         return tuple(missing)
 
 
-def load_into(model: Transformer, directory: str | Path, *, new_head: bool = False) -> tuple[str, ...]:
+def load_into(
+    model: Transformer,
+    directory: str | Path,
+    *,
+    new_head: bool = False,
+    groups: Iterable[Collection[str]] | None = None,
+) -> tuple[str, ...]:
     """Fills this rank's parameters from a Hugging Face directory, reading only its slices.
 
+    groups: local names of parameters that are filled one group after another (`FlatParameters.refill`).
     Values are cast to the parameters' dtype. Returns the global names that keep their initial weights: none, or the
     head with `new_head`. Errors as HFWeights; every rank finds the same ones, before any parameter is touched.
     """
     weights = HFWeights(directory, model.config, new_head=new_head)
     with torch.no_grad():
-        for _, spec, parameter in model.slices():
-            for piece in spec.pieces:
+        parameters = dict(model.named_parameters())
+        for name in chain.from_iterable([parameters] if groups is None else groups):
+            for piece in model.specs[name].pieces:
                 if piece.length and piece.name not in weights.missing:
                     part = weights.read(piece.name, start=piece.start, length=piece.length, dim=piece.dim)
-                    piece.local(parameter).copy_(part)
+                    piece.local(parameters[name]).copy_(part)
     return weights.missing
 
 

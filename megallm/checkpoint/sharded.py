@@ -1,39 +1,35 @@
-"""Checkpoints of any layout, loadable into any other, through torch.distributed.checkpoint (DCP).
+"""Checkpoints of any layout and ZeRO stage, loadable into any other.
 
     SAVE/step-00000020/
         config.json                     the model's shape and the run's settings
         state.json                      step, consumed samples, tokens: written last, its presence = complete
-        model/shard-00001-....safetensors       every rank's slices of the weights, by global name and offset
-        optimizer/shard-....safetensors         `exp_avg.NAME`, `exp_avg_sq.NAME`, `master.NAME` likewise
+        model/shard-00001.safetensors           a rank's slices of the weights, by global name and offset
+        optimizer/shard-00001.safetensors       `exp_avg.NAME`, `exp_avg_sq.NAME`, `master.NAME` likewise
 
 A slice held by several ranks is written by one. A rank that loads reads just the overlap of its slices with what any
-rank had written. Storage is safetensors with JSON headers: nothing is unpickled.
+rank had written. Storage is safetensors with JSON headers (slices.py): nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint import load as dcp_load
-from torch.distributed.checkpoint import save as dcp_save
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megallm.checkpoint.planners import SliceLoader, SliceSaver, TensorSlice
+from megallm.checkpoint.slices import SliceFiles, TensorSlice, write_slices
 from megallm.config.model import ModelConfig
 from megallm.config.serialize import from_plain, to_plain
 from megallm.model.transformer import Transformer
-from megallm.optim.optimizer import AdamW
+from megallm.optim.flat import FlatParameters
+from megallm.optim.layout import boxes
+from megallm.optim.optimizer import AdamW, StatePart
 from megallm.parallel.collectives import barrier
 from megallm.parallel.layout import is_counted
 
@@ -58,11 +54,13 @@ def save(
     optimizer: AdamW | None,
     state: TrainState,
     *,
+    flat: FlatParameters | None = None,
     run_config: dict[str, Any] | None = None,
     keep: int = 0,
 ) -> Path:
     """Writes SAVE/step-N and returns it; older ones beyond `keep` are then removed (0 = none). A collective.
 
+    flat: the model's flat parameters, where it has some.
     Written under a temporary name and renamed when complete, so that a crash leaves no half checkpoint.
     """
     mesh = model.mesh
@@ -74,9 +72,14 @@ def save(
         partial.mkdir(parents=True)
         _write_json(partial / "config.json", {"model": to_plain(model.config), "run": run_config or {}})
     barrier(mesh.world, mesh.device)
-    _save_part(partial / "model", _weights(model), model)
+    _save_part(partial / "model", _weights(model, flat), model)
     if optimizer is not None:
-        _save_part(partial / "optimizer", _moments(model, optimizer), model)
+        moments = [
+            each
+            for kind, parts in optimizer.state().items()
+            for each in _part_slices(model, parts, prefix=f"{kind}.", is_owner=_writes_shards(model, flat))
+        ]
+        _save_part(partial / "optimizer", moments, model)
     barrier(mesh.world, mesh.device)
     if is_writer:
         _write_json(partial / "state.json", vars(state) | {"optimizer_steps": _optimizer_steps(optimizer)})
@@ -88,7 +91,13 @@ def save(
     return final
 
 
-def load(directory: str | Path, model: Transformer, optimizer: AdamW | None = None) -> TrainState:
+def load(
+    directory: str | Path,
+    model: Transformer,
+    optimizer: AdamW | None = None,
+    *,
+    flat: FlatParameters | None = None,
+) -> TrainState:
     """Fills the model (and the optimizer) from a checkpoint of any layout; returns where that run stood. A collective.
 
     ValueError if the model's shape is another, or if tensors are missing.
@@ -99,19 +108,22 @@ def load(directory: str | Path, model: Transformer, optimizer: AdamW | None = No
         changed = [k for k, v in to_plain(model.config).items() if to_plain(saved).get(k) != v]
         raise ValueError(f"checkpoint {directory} is of another model: {', '.join(changed)} differ")
     values = json.loads((directory / "state.json").read_text())
-    _load_part(directory / "model", _weights(model))
+    weights = SliceFiles(directory / "model")
+    for each in _weights(model, flat):
+        weights.fill(each)
     if optimizer is not None:
-        moments = directory / "optimizer"
-        if not moments.is_dir():
+        if not (directory / "optimizer").is_dir():
             raise ValueError(f"checkpoint {directory} has no optimizer state: load it as weights only, to start anew")
-        state = optimizer.state()
-        if _holds(moments, "master."):  # saved by a bf16 run: its fp32 weights are there
-            state.setdefault("master", {name: p.data for name, p in model.named_parameters()})
-        elif master := state.pop("master", None):  # saved in fp32, which a bf16 run keeps in its master weights
-            parameters = dict(model.named_parameters())
-            wide = {name: view.view(parameters[name].shape) for name, view in master.items()}
-            _load_part(directory / "model", _slices(model, wide, prefix=""))
-        _load_part(moments, _shaped(model, state))
+        stored, state = SliceFiles(directory / "optimizer"), optimizer.state()
+        if not any(name.startswith("master.") for name in stored.shapes):  # saved in fp32
+            for each in _part_slices(model, state.pop("master", ()), prefix="", is_owner=False):
+                weights.fill(each)
+        elif "master" not in state:  # saved by a bf16 run: its fp32 weights are there
+            for each in _weights(model, flat, prefix="master."):
+                stored.fill(each)
+        for kind, parts in state.items():
+            for each in _part_slices(model, parts, prefix=f"{kind}.", is_owner=False):
+                stored.fill(each)
         optimizer.set_num_steps(values["optimizer_steps"])
         optimizer.publish()
     return TrainState(step=values["step"], consumed_samples=values["consumed_samples"], tokens=values["tokens"])
@@ -135,91 +147,63 @@ def read_model_config(directory: str | Path) -> ModelConfig:
 
 def read_full_tensors(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(global name, whole tensor) of every weight of a checkpoint, one at a time, without ranks."""
-    reader = HuggingFaceStorageReader(str(Path(directory) / "model"))
-    metadata = reader.read_metadata()
-    files = {index: info.relative_path for index, info in metadata.storage_data.items()}
-    for name, tensor_metadata in metadata.state_dict_metadata.items():
-        assert isinstance(tensor_metadata, TensorStorageMetadata)
-        full = torch.empty(tensor_metadata.size, dtype=tensor_metadata.properties.dtype)
-        for index, path in files.items():
-            if index.fqn == name:
-                with safe_open(path, framework="pt") as f:
-                    part = f.get_tensor(name)
-                where = tuple(slice(o, o + n) for o, n in zip(index.offset, part.shape, strict=True))
-                full[where] = part
-        yield name, full
+    yield from SliceFiles(Path(directory) / "model").whole()
 
 
-def _weights(model: Transformer) -> list[TensorSlice]:
-    return _slices(model, {name: parameter.data for name, parameter in model.named_parameters()}, prefix="")
+def _weights(model: Transformer, flat: FlatParameters | None, *, prefix: str = "") -> list[TensorSlice]:
+    """What this rank holds of the weights: its shards at ZeRO stage 3, else whole local parameters."""
+    if flat is None or flat.zero < 3:
+        is_owner = model.mesh.dp.rank == 0
+        if flat is not None:
+            flat.settle()
+        whole = [StatePart(name, 0, p.data.view(-1)) for name, p in model.named_parameters()]
+        return _part_slices(model, whole, prefix=prefix, is_owner=is_owner)
+    shards = [
+        StatePart(slot.name, start, each.shard[at : at + stop - start])
+        for each in flat.buckets
+        for slot, start, stop, at in each.parts()
+    ]
+    return _part_slices(model, shards, prefix=prefix, is_owner=_writes_shards(model, flat))
 
 
-def _moments(model: Transformer, optimizer: AdamW) -> list[TensorSlice]:
-    return _shaped(model, optimizer.state())
+def _writes_shards(model: Transformer, flat: FlatParameters | None) -> bool:
+    """Whether this rank is the one of those that hold its shards that writes them."""
+    sharded = flat is not None and flat.zero > 0
+    return model.mesh.replicate.rank == 0 if sharded else model.mesh.dp.rank == 0
 
 
-def _shaped(model: Transformer, state: dict[str, dict[str, torch.Tensor]]) -> list[TensorSlice]:
-    parameters = dict(model.named_parameters())
+def _part_slices(
+    model: Transformer, parts: Sequence[StatePart], *, prefix: str, is_owner: bool
+) -> list[TensorSlice]:
+    """Flat parts of local parameters (or of anything of their shapes) as slices of global tensors."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     slices = []
-    for kind, views in state.items():
-        shaped = {name: view.view(parameters[name].shape) for name, view in views.items()}
-        slices += _slices(model, shaped, prefix=f"{kind}.")
-    return slices
-
-
-def _slices(model: Transformer, tensors: dict[str, torch.Tensor], *, prefix: str) -> list[TensorSlice]:
-    slices = []
-    for name, tensor in tensors.items():
-        spec = model.specs[name]
-        for piece in spec.pieces:
-            if piece.length:
-                slices.append(
-                    TensorSlice(
-                        name=prefix + piece.name,
-                        shape=piece.shape,
-                        start=piece.local_start,
-                        data=piece.local(tensor),
-                        is_owner=model.mesh.dp.rank == 0
-                        and is_counted(spec, piece, tp=model.mesh.tp, is_second_copy=model.is_second_copy(name)),
+    for part in parts:
+        spec = model.specs[part.name]
+        for box in boxes(shapes[part.name], part.start, part.start + part.data.numel()):
+            first = box.first - part.start
+            values = part.data[first : first + math.prod(box.shape)].view(box.shape)
+            for piece in spec.pieces:
+                start = max(box.start[piece.dim], piece.offset)
+                stop = min(box.start[piece.dim] + box.shape[piece.dim], piece.offset + piece.length)
+                if start < stop:
+                    place = list(box.start)
+                    place[piece.dim] = start - piece.offset + piece.start
+                    counted = is_counted(spec, piece, tp=model.mesh.tp, is_second_copy=model.is_second_copy(part.name))
+                    slices.append(
+                        TensorSlice(
+                            name=prefix + piece.name,
+                            shape=piece.shape,
+                            start=tuple(place),
+                            data=values.narrow(piece.dim, start - box.start[piece.dim], stop - start),
+                            is_owner=is_owner and counted,
+                        )
                     )
-                )
     return slices
 
 
 def _save_part(directory: Path, slices: list[TensorSlice], model: Transformer) -> None:
-    own = [s for s in slices if s.is_owner]
-    world = model.mesh.world
-    with _silence():
-        dcp_save(
-            {s.name: s.data for s in own},
-            storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True),
-            planner=SliceSaver(own),
-            process_group=world.group,
-            no_dist=world.size == 1,
-        )
-
-
-def _load_part(directory: Path, slices: list[TensorSlice]) -> None:
-    reader = HuggingFaceStorageReader(str(directory))
-    state = {s.name: s.data for s in slices}
-    with _silence():
-        dcp_load(state, storage_reader=reader, planner=SliceLoader(slices), no_dist=True)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps DCP from warning that a rank works by itself, which is what is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _holds(directory: Path, prefix: str) -> bool:
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as f:
-            if any(key.startswith(prefix) for key in f.keys()):
-                return True
-    return False
+    write_slices(directory, [each for each in slices if each.is_owner], rank=model.mesh.world.rank)
 
 
 def _optimizer_steps(optimizer: AdamW | None) -> float:

@@ -103,14 +103,29 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
     _positive(parallel, "tp", "pp", "cp", "ep", "virtual_stages", "bucket_size")
     if world_size < 1:
         raise ValueError(f"world size ({world_size}) must be at least 1")
-    for name, only in (("cp", 1), ("ep", 1), ("zero", 0)):
+    for name, only in (("cp", 1), ("ep", 1)):
         value = getattr(parallel, name)
         if value != only:
             raise ValueError(f"{name} ({value}) is not available yet: use {name} {only}")
     _check_tensor_parallel(model, parallel.tp)
     _check_schedule(parallel)
     _check_stages(model, parallel)
-    data_parallel_size(parallel, world_size)
+    _check_zero(parallel, dp=data_parallel_size(parallel, world_size))
+
+
+def _check_zero(parallel: ParallelConfig, *, dp: int) -> None:
+    if parallel.zero not in (0, 1, 2, 3):
+        raise ValueError(f"zero ({parallel.zero}) is not a ZeRO stage: use 0, 1, 2 or 3")
+    size = parallel.zero_shard_size
+    if size is not None and parallel.zero == 0:
+        raise ValueError(f"zero_shard_size ({size}) without zero: nothing is sharded; use zero 1, 2 or 3")
+    if size is not None and (size < 1 or dp % size):
+        raise ValueError(
+            f"zero_shard_size ({size}) does not divide the {dp} data-parallel ranks: use a divisor of {dp}, such as "
+            "the ranks of one node, or leave it out to shard over all"
+        )
+    if parallel.zero_keep and parallel.zero != 3:
+        raise ValueError(f"zero_keep with zero {parallel.zero}: only stage 3 gathers parameters; use zero 3")
 
 
 def check_batch(train: TrainConfig, parallel: ParallelConfig, *, dp: int) -> list[str]:

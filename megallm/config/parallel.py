@@ -30,6 +30,12 @@ class ParallelConfig:
     """Transformer layers of each of the pp * virtual_stages stages, in order. auto = balanced, counting embedding
     and head."""
     zero: Literal[0, 1, 2, 3] = 0
-    """ZeRO stage; only 0 for now."""
+    """What data-parallel ranks share out (arXiv 1910.02054): 1 = optimizer state, 2 = also gradients, 3 = also
+    parameters."""
+    zero_shard_size: int | None = None
+    """Ranks over which ZeRO shards; groups of so many neighbours replicate each other. auto = all data-parallel
+    ranks."""
+    zero_keep: bool = False
+    """ZeRO 3: gathered parameters stay until the update, instead of being gathered for each pass of a layer."""
     bucket_size: int = 25_000_000
     """Gradient elements reduced together; the reduction of a full bucket overlaps the rest of backward."""

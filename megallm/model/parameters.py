@@ -29,14 +29,16 @@ class ParameterFactory:
         sequence_parallel: bool,
         tied_copies: bool,
         backends: Backends = DEFAULT,
+        allocate: bool = True,
     ) -> None:
+        """allocate: whether parameters have memory from the start; without, somebody else's takes its place."""
         self.config = config
         self.mesh = mesh
         self.backends = backends
         """What the layers run their fused operations on."""
         self.sequence_parallel = sequence_parallel and mesh.tp.size > 1
         self.specs: dict[nn.Parameter, ParamSpec] = {}
-        self._dtype = dtype
+        self._dtype, self._allocate = dtype, allocate
         self._tied_copies = tied_copies
         """Whether the tied embedding lives on two pipeline ranks."""
 
@@ -103,7 +105,11 @@ class ParameterFactory:
         return self._make(shape, spec)
 
     def _make(self, shape: tuple[int, ...], spec: ParamSpec) -> nn.Parameter:
-        parameter = nn.Parameter(torch.zeros(shape, dtype=self._dtype, device=self.mesh.device))
+        parameter = nn.Parameter(torch.empty(shape, dtype=self._dtype, device=self.mesh.device))
+        if self._allocate:
+            parameter.data.zero_()
+        else:
+            parameter.data.untyped_storage().resize_(0)
         self.specs[parameter] = spec
         return parameter
 

@@ -11,7 +11,7 @@ Letters: B sequences, S positions, T = B * S tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -23,6 +23,7 @@ from megallm.config.model import ModelConfig
 from megallm.model.block import Block, Norm, drop_hidden
 from megallm.model.context import TokenContext
 from megallm.model.parameters import ParameterFactory, initialize_
+from megallm.model.presence import Presence
 from megallm.model.rotary import RotaryTable
 from megallm.ops.backends import DEFAULT, Backends
 from megallm.parallel.collectives import join_sequence, own_part
@@ -42,6 +43,7 @@ class Stage(nn.Module):
         self,
         factory: ParameterFactory,
         *,
+        index: int,
         layers: Sequence[int],
         is_first: bool,
         is_last: bool,
@@ -53,6 +55,8 @@ class Stage(nn.Module):
         self.config, self.is_first, self.is_last = config, is_first, is_last
         self._mesh, self._sequence_parallel, self._backends = mesh, factory.sequence_parallel, factory.backends
         self._recompute_layers = recompute == "full"
+        self.index = index
+        self.presence = Presence()
         if is_first:
             self.embed_tokens = VocabEmbedding(
                 factory.vocab("model.embed_tokens.weight", tied=config.tie_word_embeddings),
@@ -91,21 +95,36 @@ class Stage(nn.Module):
 
         Returns hidden states [T', H]; of the last stage VocabLogits (lm head) or values [B, S] fp32 (scalar head).
         """
+        presence, residual = self.presence, None
         if self.is_first:
+            presence.enter(f"{self.index}.embed")
             x = self._embed(x, context)
         rotary = None
         if self._rotary is not None:
             given = context.num_positions or self.config.max_position_embeddings
             rotary = self._rotary.lookup(context, context.seq_length if context.position_ids is None else given)
-        residual: torch.Tensor | None = None
-        for block in self.layers.values():
+        for layer, block in self.layers.items():
+            presence.enter(f"{self.index}.{layer}")
             if self._recompute_layers and torch.is_grad_enabled():
                 x = checkpoint(block.whole, x, context, rotary, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, residual = block(x, residual, context, rotary)
+            x, residual = presence.leave(f"{self.index}.{layer}", x, residual)
         if self.is_last:
+            presence.enter(f"{self.index}.head")
             return self._head(self.norm.after(x, residual)[0], context)
         return x if residual is None else residual + x
+
+    def units(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters of each unit (see `Presence`), in the order of use; a tied embedding is in two."""
+        units = {f"{self.index}.{layer}": list(block.parameters()) for layer, block in self.layers.items()}
+        if self.is_first:
+            learned = [self.embed_positions] if self.config.position_embedding == "learned" else []
+            units = {f"{self.index}.embed": [*self.embed_tokens.parameters(), *learned]} | units
+        if self.is_last:
+            head = [self.score] if self.config.head == "scalar" else list(self.lm_head.parameters())
+            units[f"{self.index}.head"] = [*self.norm.parameters(), *head]
+        return units
 
     def _embed(self, input_ids: torch.Tensor, context: TokenContext) -> torch.Tensor:
         x = self.embed_tokens(input_ids)  # [T', H]
@@ -145,8 +164,12 @@ class Transformer(nn.Module):
         sequence_parallel: bool | None = None,
         recompute: Recompute = "none",
         backends: Backends = DEFAULT,
+        allocate: bool = True,
     ) -> None:
-        """`partition[s]`: the layers of stage s, of all pp * virtual_stages stages of the pipeline."""
+        """`partition[s]`: the layers of stage s, of all pp * virtual_stages stages of the pipeline.
+
+        `allocate=False`: parameters have shapes but no memory, until `FlatParameters` gives them theirs.
+        """
         super().__init__()
         self.config, self.mesh, self.dtype = config, mesh, dtype
         self.sequence_parallel = mesh.tp.size > 1 if sequence_parallel is None else sequence_parallel
@@ -158,11 +181,13 @@ class Transformer(nn.Module):
             sequence_parallel=self.sequence_parallel,
             tied_copies=mesh.pp.size > 1 and config.head == "lm",
             backends=backends,
+            allocate=allocate,
         )
         self.stages = nn.ModuleDict()
         for stage in range(mesh.pp.rank, self.num_stages, mesh.pp.size):
             self.stages[str(stage)] = Stage(
                 factory,
+                index=stage,
                 layers=list(partition[stage]),
                 is_first=stage == 0,
                 is_last=stage == self.num_stages - 1,
@@ -175,10 +200,11 @@ class Transformer(nn.Module):
         """The stage of global index `index`, which must live on this rank."""
         return self.stages[str(index)]  # type: ignore[return-value]
 
-    def initialize(self, seed: int) -> Transformer:
-        """Fills all parameters: a function of (seed, parameter's name, global index) alone. Returns self."""
+    def initialize(self, seed: int, *, names: Collection[str] | None = None) -> Transformer:
+        """Fills parameters (default: all): a function of (seed, parameter's name, global index) alone. Returns self."""
         for name, parameter in self.named_parameters():
-            initialize_(parameter.data, self.specs[name], seed=seed)
+            if names is None or name in names:
+                initialize_(parameter.data, self.specs[name], seed=seed)
         return self
 
     def is_second_copy(self, name: str) -> bool:

@@ -11,13 +11,18 @@ from megallm.parallel.collectives import all_reduce_
 from megallm.parallel.mesh import Mesh
 
 
-def global_norm(slices: list[torch.Tensor], mesh: Mesh) -> torch.Tensor:
-    """0-d fp64: the 2-norm over all slices of all (tp, pp) ranks. A collective of two 1-element all-reduces."""
+def global_norm(slices: list[torch.Tensor], mesh: Mesh, *, is_sharded: bool) -> torch.Tensor:
+    """0-d fp64: the 2-norm over all slices of all (tp, pp) ranks, and of all shards where there are any.
+
+    A collective of two or three 1-element all-reduces.
+    """
     if slices:
         norms = torch.stack([torch.linalg.vector_norm(g) for g in slices])
         square = norms.double().square().sum()
     else:
         square = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    if is_sharded:
+        square = all_reduce_(square, mesh.shard)
     return all_reduce_(all_reduce_(square, mesh.tp), mesh.pp).sqrt_()
 
 

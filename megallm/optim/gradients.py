@@ -1,171 +1,238 @@
 """Gradients of one model in flat buckets: accumulated there, summed over ranks while backward still runs.
 
-The life of a bucket in one step:
-    1. every parameter's sink writes the first microbatch's gradient and adds the others (`GradSink`);
-    2. when the last contribution of its last parameter has arrived, slices that tp ranks hold in common but
-       computed in part are summed over tp (one small all-reduce), then the bucket's all-reduce over dp begins;
-    3. `finish()` waits, and sums the tied embedding over the first and last pipeline stage.
-Losses were divided by the global token count before backward, so sums are all there is.
+    zero   a bucket's gradients                  reduced, when its last contribution has arrived
+    0      whole, all the time                   of the step: all-reduce over dp
+    1      whole, all the time                   of the step: reduce-scatter, each rank has its shard's sum
+    2, 3   shard; whole while a backward         of a microbatch: reduce-scatter, added to the shard;
+           fills it                              then the whole is freed
+
+The life of a step:
+    1. every parameter's sink writes the first contribution to its bucket and adds the others (`GradSink`);
+    2. complete buckets are reduced as the table says, one or two at a time, behind backward;
+    3. `finish()` waits, sums over the replicas of the shards, sums slices that tp ranks hold in common but computed
+       in part (one small all-reduce), and the tied embedding over the first and last pipeline stage.
+Losses were divided by the global token count before backward, so sums are all there is. Everything after the
+reduction (norm, clipping, update) works on the shards.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
 
 import torch
-from torch import nn
 
 from megallm.model.transformer import Transformer
-from megallm.optim.layout import Bucket, Entry, plan_buckets
-from megallm.parallel.collectives import Pending, all_reduce_, start_all_reduce_
+from megallm.optim.flat import FlatBucket, FlatParameters
+from megallm.optim.layout import overlap
+from megallm.parallel.collectives import Pending, all_reduce_, start_all_reduce_, start_reduce_scatter_
 from megallm.parallel.grad_sink import GradSink, SinkLayer
-from megallm.parallel.layout import ParamSpec, Piece, is_counted
+from megallm.parallel.layout import Piece, is_counted
+from megallm.parallel.mesh import Mesh
+
+_IN_FLIGHT = 2
+"""Reductions under way at a time; each holds a whole bucket at stages 2 and 3."""
 
 
-@dataclass(frozen=True)
-class _Replica:
-    """A slice of the bucket to be summed over tp: its place in the coalesced buffer."""
+class GradBucket:
+    """One bucket's gradients on this rank."""
 
-    view: torch.Tensor
-    start: int
+    def __init__(
+        self, flat: FlatBucket, shapes: list[torch.Size], mesh: Mesh, dtype: torch.dtype, *, zero: int
+    ) -> None:
+        self.flat, self._mesh, self._zero = flat, mesh, zero
+        numel, device = flat.bucket.numel, flat.params.device
+        self._is_transient = zero >= 2
+        self.whole = torch.zeros(numel, dtype=dtype, device=device)
+        """What backward fills; at stages 2 and 3 without memory between a reduction and the next contribution."""
+        own = self.whole[flat.range[0] : flat.range[1]]
+        self.shard = torch.zeros_like(own) if zero >= 2 else own
+        """The sums this rank's optimizer reads, once the step's reductions are done."""
+        slots = zip(flat.bucket.slots, shapes, strict=True)
+        self.views = [self.whole[slot.start : slot.stop].view(shape) for slot, shape in slots]
+        """The whole's parts in the parameters' shapes."""
+        self._pending: Pending | None = None
+        self._has_sum = False
+        if self._is_transient:
+            self.whole.untyped_storage().resize_(0)
 
+    def start(self) -> None:
+        """Begins a step."""
+        self._has_sum = False
 
-class BucketBuffers:
-    """One bucket's flat parameters and gradients."""
+    def allocate(self) -> None:
+        """Gives the whole its memory, before the first contribution."""
+        if self._pending is not None:
+            self.settle()
+        if self._is_transient and self.whole.untyped_storage().size() == 0:
+            self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
+            self.whole[self.flat.bucket.slots[-1].stop :].zero_()  # the padding is summed as well
 
-    def __init__(self, bucket: Bucket, parameters: dict[str, nn.Parameter], grad_dtype: torch.dtype) -> None:
-        some = next(iter(parameters.values()))
-        self.bucket = bucket
-        self.params = torch.empty(bucket.numel, dtype=some.dtype, device=some.device)
-        self.grads = torch.zeros(bucket.numel, dtype=grad_dtype, device=some.device)
-        self.reduction: Pending | None = None
-        for slot in bucket.slots:
-            parameter = parameters[slot.name]
-            view = self.params[slot.start : slot.start + slot.numel].view(parameter.shape)
-            parameter.data = view.copy_(parameter.data)
+    def reduce(self) -> None:
+        """Begins the sum over the ranks that share the bucket."""
+        begin = start_all_reduce_ if self._zero == 0 else start_reduce_scatter_
+        self._pending = begin(self.whole, self._mesh.dp if self._zero == 0 else self._mesh.shard)
 
-    def grad(self, index: int, shape: torch.Size) -> torch.Tensor:
-        """The gradient of the bucket's index-th parameter, a view."""
-        slot = self.bucket.slots[index]
-        return self.grads[slot.start : slot.start + slot.numel].view(shape)
+    def settle(self) -> None:
+        """Ends the reduction under way, if there is one: the shard holds the sum so far."""
+        if self._pending is None:
+            return
+        part = self._pending.wait()
+        self._pending = None
+        if self._is_transient:
+            self.shard.add_(part) if self._has_sum else self.shard.copy_(part)
+            self.whole.untyped_storage().resize_(0)
+        self._has_sum = True
 
 
 class Gradients:
-    """Owns the buckets; re-points the model's parameters into them."""
+    """The gradients' buckets of one model, fed by its layers."""
 
-    def __init__(self, model: Transformer, *, bucket_size: int) -> None:
-        self._mesh = model.mesh
-        self._specs = model.specs
-        grad_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        entries = [
-            Entry(name=n, numel=p.numel(), weight_decay=model.specs[n].weight_decay)
-            for n, p in self._parameters.items()
-        ]
-        plan = plan_buckets(entries, bucket_size=bucket_size)
-        self.buckets = [BucketBuffers(bucket, self._parameters, grad_dtype) for bucket in plan]
+    def __init__(self, flat: FlatParameters, *, dtype: torch.dtype | None = None) -> None:
+        """dtype: of the sums; fp32 unless the model is fp64."""
+        model, self._zero = flat.model, flat.zero
+        self._flat, self._model, self._mesh = flat, model, model.mesh
+        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self.buckets = []
+        for each in flat.buckets:
+            shapes = [flat.parameters[slot.name].shape for slot in each.bucket.slots]
+            self.buckets.append(GradBucket(each, shapes, model.mesh, dtype or wide, zero=flat.zero))
         self._sinks: dict[str, GradSink] = {}
         self._uses = _count_uses(model)
-        self._unready: list[int] = [0] * len(plan)
-        self._replicas: list[tuple[torch.Tensor, list[_Replica]]] = []
-        self._tied: list[torch.Tensor] = []
-        self._second_copies = {n for n in self._parameters if model.is_second_copy(n)}
-        for index, buffers in enumerate(self.buckets):
-            self._connect(index, buffers)
+        self._unready: list[int] = [0] * len(self.buckets)
+        self._rounds: list[int] = [0] * len(self.buckets)
+        self._in_flight: deque[int] = deque()
+        for index, bucket in enumerate(self.buckets):
+            on_first = bucket.allocate if flat.zero >= 2 else None
+            for slot, view in zip(bucket.flat.bucket.slots, bucket.views, strict=True):
+                self._sinks[slot.name] = GradSink(view, lambda index=index: self._ready(index), on_first)  # type: ignore[misc]
+        self._shared = _SharedSlices(flat, self.buckets)
+        self._tied = [b.shard for b in self.buckets if model.specs[b.flat.bucket.slots[0].name].tied]
         self._attach(model)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold different shards of the sums."""
+        return self._zero > 0
 
     def start(self, num_microbatches: int) -> None:
         """Begins a step of so many microbatches."""
-        for index, buffers in enumerate(self.buckets):
-            self._unready[index] = len(buffers.bucket.slots)
-            buffers.reduction = None
-        for name, sink in self._sinks.items():
-            sink.expect(num_microbatches * self._uses[name])
+        rounds = num_microbatches if self._zero >= 2 else 1
+        for index, bucket in enumerate(self.buckets):
+            bucket.start()
+            self._rounds[index] = rounds
+            self._arm(index, num_microbatches // rounds)
 
     def finish(self) -> None:
-        """Gradients are complete sums on every rank when this returns. A collective."""
-        for index, buffers in enumerate(self.buckets):
-            if buffers.reduction is None:  # a parameter had no gradient at all in this step
-                for slot in buffers.bucket.slots:
+        """The shards hold complete sums when this returns. A collective."""
+        for index, bucket in enumerate(self.buckets):
+            if self._rounds[index]:  # a parameter had no gradient at all in some microbatch
+                bucket.allocate()
+                for slot in bucket.flat.bucket.slots:
                     self._sinks[slot.name].close()
                 self._reduce(index)
-        for buffers in self.buckets:
-            assert buffers.reduction is not None
-            buffers.reduction.wait()
-        for view in self._tied:
-            all_reduce_(view, self._mesh.embedding)
+                self._rounds[index] = 0
+        while self._in_flight:
+            self.buckets[self._in_flight.popleft()].settle()
+        if self._zero > 0:
+            sums = [start_all_reduce_(bucket.shard, self._mesh.replicate) for bucket in self.buckets]
+            for each in sums:
+                each.wait()
+        self._shared.sum_over_tp()
+        for shard in self._tied:
+            all_reduce_(shard, self._mesh.embedding)
 
     def named(self) -> dict[str, torch.Tensor]:
-        """Every local parameter's gradient, views."""
+        """Every local parameter's gradient, views; complete at ZeRO stage 0 only."""
         return {name: sink.buffer for name, sink in self._sinks.items()}
 
     def counted_slices(self) -> list[torch.Tensor]:
-        """Flat views that together hold every global gradient element exactly once over (tp, pp)."""
+        """Flat views that together hold every global gradient element exactly once over (tp, pp, shards)."""
         slices = []
-        for buffers in self.buckets:
-            for start, stop in _merge(self._counted_ranges(buffers)):
-                slices.append(buffers.grads[start:stop])
+        for bucket in self.buckets:
+            for start, stop in _merge(self._counted_ranges(bucket.flat)):
+                slices.append(bucket.shard[start:stop])
         return slices
-
-    def _connect(self, index: int, buffers: BucketBuffers) -> None:
-        replicas: list[_Replica] = []
-        total = 0
-        for i, slot in enumerate(buffers.bucket.slots):
-            parameter, spec = self._parameters[slot.name], self._specs[slot.name]
-            view = buffers.grad(i, parameter.shape)
-            self._sinks[slot.name] = GradSink(view, lambda index=index: self._ready(index))  # type: ignore[misc]
-            for piece in spec.pieces:
-                if self._mesh.tp.size > 1 and (spec.tp_partial or piece.replicas > 1):
-                    part = piece.local(view)
-                    replicas.append(_Replica(part, total + _place_among_owners(spec, piece, self._mesh.tp.rank)))
-                    total += part.numel() * _num_owners(spec, piece, self._mesh.tp.size)
-            if spec.tied:
-                self._tied.append(view)
-        self._replicas.append((buffers.grads.new_zeros(total), replicas))
 
     def _attach(self, model: Transformer) -> None:
         """Gives layers their sinks; parameters without a layer that feeds them get a hook."""
         fed = set()
-        names = {p: n for n, p in self._parameters.items()}
+        names = {p: n for n, p in self._flat.parameters.items()}
         for module in model.modules():
             if isinstance(module, SinkLayer):
                 for short, parameter in module.named_parameters(recurse=False):
                     if parameter in names:
                         module.grad_sinks[short] = self._sinks[names[parameter]]
                         fed.add(names[parameter])
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._flat.parameters.items():
             if name not in fed:
                 parameter.register_post_accumulate_grad_hook(_feeder(self._sinks[name]))
+
+    def _arm(self, index: int, num_microbatches: int) -> None:
+        slots = self.buckets[index].flat.bucket.slots
+        self._unready[index] = len(slots)
+        for slot in slots:
+            self._sinks[slot.name].expect(num_microbatches * self._uses[slot.name])
 
     def _ready(self, index: int) -> None:
         self._unready[index] -= 1
         if self._unready[index] == 0:
             self._reduce(index)
+            self._rounds[index] -= 1
+            if self._rounds[index]:
+                self._arm(index, 1)
 
     def _reduce(self, index: int) -> None:
-        buffer, replicas = self._replicas[index]
-        if replicas:
-            buffer.zero_()
-            for r in replicas:
-                buffer[r.start : r.start + r.view.numel()].copy_(r.view.reshape(-1))
-            all_reduce_(buffer, self._mesh.tp)
-            for r in replicas:
-                r.view.copy_(buffer[r.start : r.start + r.view.numel()].view(r.view.shape))
-        self.buckets[index].reduction = start_all_reduce_(self.buckets[index].grads, self._mesh.dp)
+        self.buckets[index].reduce()
+        self._in_flight.append(index)
+        if len(self._in_flight) > _IN_FLIGHT:
+            self.buckets[self._in_flight.popleft()].settle()
 
-    def _counted_ranges(self, buffers: BucketBuffers) -> list[tuple[int, int]]:
+    def _counted_ranges(self, flat: FlatBucket) -> list[tuple[int, int]]:
+        """Of the shard."""
         ranges = []
-        for slot in buffers.bucket.slots:
-            spec, shape = self._specs[slot.name], self._parameters[slot.name].shape
-            row = slot.numel // shape[0]
+        for slot in flat.bucket.slots:
+            spec, shape = self._model.specs[slot.name], self._flat.parameters[slot.name].shape
             for piece in spec.pieces:
-                if is_counted(spec, piece, tp=self._mesh.tp, is_second_copy=slot.name in self._second_copies):
-                    if piece.dim != 0:  # the padding of other dimensions is zero and may be counted
-                        ranges.append((slot.start, slot.start + slot.numel))
-                    else:
-                        start = slot.start + piece.offset * row
-                        ranges.append((start, start + piece.length * row))
-        return ranges
+                second = self._model.is_second_copy(slot.name)
+                if is_counted(spec, piece, tp=self._mesh.tp, is_second_copy=second):
+                    first, last = _flat_range(piece, shape)
+                    start, stop = overlap((slot.start + first, slot.start + last), flat.range)
+                    ranges.append((start - flat.range[0], stop - flat.range[0]))
+        return [(start, stop) for start, stop in ranges if start < stop]
+
+
+class _SharedSlices:
+    """Slices that several tp ranks hold but computed in part: summed in one coalesced buffer."""
+
+    def __init__(self, flat: FlatParameters, buckets: list[GradBucket]) -> None:
+        self._tp = flat.model.mesh.tp
+        self._slices: list[tuple[torch.Tensor, int]] = []
+        """(view of a shard, its place in the buffer)"""
+        total = 0
+        for bucket in buckets:
+            for slot in bucket.flat.bucket.slots:
+                spec, shape = flat.model.specs[slot.name], flat.parameters[slot.name].shape
+                for piece in spec.pieces:
+                    if self._tp.size == 1 or not (spec.tp_partial or piece.replicas > 1):
+                        continue
+                    first, last = _flat_range(piece, shape)
+                    start, stop = overlap((slot.start + first, slot.start + last), bucket.flat.range)
+                    view = bucket.shard[start - bucket.flat.range[0] : stop - bucket.flat.range[0]]
+                    owner = 0 if spec.tp_replicated else self._tp.rank // piece.replicas
+                    self._slices.append((view, total + owner * view.numel()))
+                    total += view.numel() * (1 if spec.tp_replicated else self._tp.size // piece.replicas)
+        self._buffer = buckets[0].shard.new_zeros(total) if total else None
+
+    def sum_over_tp(self) -> None:
+        """A collective over tp."""
+        if self._buffer is None:
+            return
+        self._buffer.zero_()
+        for view, start in self._slices:
+            self._buffer[start : start + view.numel()].copy_(view)
+        all_reduce_(self._buffer, self._tp)
+        for view, start in self._slices:
+            view.copy_(self._buffer[start : start + view.numel()])
 
 
 def _count_uses(model: Transformer) -> dict[str, int]:
@@ -179,19 +246,12 @@ def _count_uses(model: Transformer) -> dict[str, int]:
     return {name: max(count, 1) for name, count in uses.items()}
 
 
-def _num_owners(spec: ParamSpec, piece: Piece, tp_size: int) -> int:
-    """How many different slices the tp ranks hold together."""
-    return 1 if spec.tp_replicated else tp_size // piece.replicas
-
-
-def _place_among_owners(spec: ParamSpec, piece: Piece, tp_rank: int) -> int:
-    """Elements before this rank's slice in the coalesced buffer of all slices."""
-    if spec.tp_replicated:
-        return 0
-    numel = 1
-    for extent in piece.local_shape:
-        numel *= extent
-    return tp_rank // piece.replicas * numel
+def _flat_range(piece: Piece, shape: torch.Size) -> tuple[int, int]:
+    """[start, stop) of the piece in its flat local parameter."""
+    row = shape.numel() // shape[0]
+    if piece.dim != 0:  # the padding of other dimensions is zero and may be counted
+        return 0, shape.numel()
+    return piece.offset * row, (piece.offset + piece.length) * row
 
 
 def _feeder(sink: GradSink):  # type: ignore[no-untyped-def]

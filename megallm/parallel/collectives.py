@@ -34,6 +34,41 @@ class Pending:
         return self._tensor
 
 
+class _Exchanged(Pending):
+    """A reduce-scatter of gloo's, twice as fast as its own: every rank sends each other one its part."""
+
+    def __init__(self, own: torch.Tensor, x: torch.Tensor, axis: Axis) -> None:
+        self._parts = torch.empty_like(x)
+        super().__init__(own, dist.all_to_all_single(self._parts, x, group=axis.group, async_op=True), x)
+        self._size = axis.size
+
+    def wait(self) -> torch.Tensor:
+        if self._work is not None:
+            own = super().wait()
+            torch.sum(self._parts.view(self._size, *own.shape), dim=0, out=own)
+            del self._parts
+        return self._tensor
+
+
+class _Broadcast(Pending):
+    """An all-gather of gloo's, twice as fast as its own: every rank's part is broadcast."""
+
+    def __init__(self, out: torch.Tensor, x: torch.Tensor, axis: Axis) -> None:
+        parts = out.chunk(axis.size)
+        if parts[axis.rank].data_ptr() != x.data_ptr():
+            parts[axis.rank].copy_(x)
+        self._works = [
+            dist.broadcast(part, src=src, group=axis.group, async_op=True)
+            for part, src in zip(parts, axis.ranks, strict=True)
+        ]
+        super().__init__(out, None, x)
+
+    def wait(self) -> torch.Tensor:
+        while self._works:
+            self._works.pop().wait()
+        return super().wait()
+
+
 # -- plain forms -------------------------------------------------------------------------------------------------------
 
 
@@ -78,6 +113,32 @@ def start_reduce_scatter(x: torch.Tensor, axis: Axis) -> Pending:
     out = x.new_empty((x.size(0) // axis.size, *x.shape[1:]))
     axis.recorder.add(axis.name, "reduce_scatter", x.numel(), x.element_size(), axis.size)
     return Pending(out, _scatter_single(out, x, group=axis.group, async_op=True), x)
+
+
+def start_reduce_scatter_(x: torch.Tensor, axis: Axis) -> Pending:
+    """Begins a reduce-scatter in place: this rank's part of x [n] becomes its sum over ranks; the rest is undefined.
+
+    The pending tensor is that part, a view of x.
+    """
+    own = own_part(x, axis)
+    if axis.size == 1:
+        return Pending(own, None)
+    axis.recorder.add(axis.name, "reduce_scatter", x.numel(), x.element_size(), axis.size)
+    if not x.is_cuda:
+        return _Exchanged(own, x, axis)
+    return Pending(own, _scatter_single(own, x, group=axis.group, async_op=True), x)
+
+
+def start_all_gather_into(out: torch.Tensor, x: torch.Tensor, axis: Axis) -> Pending:
+    """Begins an all-gather of x [n] into out [size * n]; x may be this rank's part of out."""
+    if axis.size == 1:
+        if out.data_ptr() != x.data_ptr():
+            out.copy_(x)
+        return Pending(out, None)
+    axis.recorder.add(axis.name, "all_gather", out.numel(), x.element_size(), axis.size)
+    if not x.is_cuda:
+        return _Broadcast(out, x, axis)
+    return Pending(out, _gather_single(out, x, group=axis.group, async_op=True), x)
 
 
 def broadcast_(x: torch.Tensor, axis: Axis, *, src: int) -> torch.Tensor:

@@ -17,10 +17,13 @@ from torch import nn
 class GradSink:
     """Accumulates one parameter's gradient over the microbatches of a step."""
 
-    def __init__(self, buffer: torch.Tensor, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, buffer: torch.Tensor, on_ready: Callable[[], None], on_first: Callable[[], None] | None = None
+    ) -> None:
+        """on_first is called before the first contribution, on_ready after the last one."""
         self.buffer = buffer
         """View of the bucket with the parameter's shape, in the accumulation dtype."""
-        self._on_ready = on_ready
+        self._on_ready, self._on_first = on_ready, on_first
         self._is_fresh = True
         self._awaited = 0
 
@@ -30,6 +33,7 @@ class GradSink:
 
     def add_product(self, dy: torch.Tensor, x: torch.Tensor) -> None:
         """buffer += dy^T x for dy [T, out] and x [T, in]."""
+        self._begin()
         if dy.dtype == self.buffer.dtype:
             torch.addmm(self.buffer, dy.t(), x, beta=0.0 if self._is_fresh else 1.0, out=self.buffer)
         elif dy.is_cuda:  # low-precision factors, the sum in fp32: no temporary
@@ -43,6 +47,7 @@ class GradSink:
 
     def add_rows(self, rows: torch.Tensor, dy: torch.Tensor) -> None:
         """buffer[rows[i]] += dy[i] for rows [T] int64 and dy [T, in]."""
+        self._begin()
         if self._is_fresh:
             self.buffer.zero_()
         self.buffer.index_add_(0, rows, dy.to(self.buffer.dtype))
@@ -50,6 +55,7 @@ class GradSink:
 
     def add(self, grad: torch.Tensor) -> None:
         """buffer += grad."""
+        self._begin()
         self._add(grad)
         self._count()
 
@@ -58,6 +64,10 @@ class GradSink:
         if self._is_fresh:
             self.buffer.zero_()
         self._is_fresh = False
+
+    def _begin(self) -> None:
+        if self._is_fresh and self._on_first is not None:
+            self._on_first()
 
     def _add(self, grad: torch.Tensor) -> None:
         if self._is_fresh:

@@ -6,6 +6,9 @@
               dp_rank 0  [ 0  1 ]           [ 4  5 ]       [..] = one tp group: neighbours, so one node
               dp_rank 1  [ 2  3 ]           [ 6  7 ]
 
+dp may be cut once more, dp_rank = replicate_rank * shard + shard_rank: ZeRO shards over neighbours (the GPUs of a node,
+say) and replicates across them. Without that, shard is dp itself.
+
 tp is innermost because it moves the most bytes per layer and needs the fastest links; pp is outermost because it
 moves the fewest (SC21, section 3.4). Several meshes may live in one process, over the same ranks or over others.
 """
@@ -56,6 +59,10 @@ class Mesh:
     tp: Axis
     world: Axis
     """Every rank of the mesh."""
+    shard: Axis
+    """The data-parallel ranks over which ZeRO divides what it shards."""
+    replicate: Axis
+    """The data-parallel ranks that hold the same shards."""
     embedding: Axis
     """The first and the last pipeline rank, which share a tied embedding; of size 1 on all others."""
     device: torch.device
@@ -68,13 +75,14 @@ class Mesh:
         pp: int = 1,
         cp: int = 1,
         dp: int | None = None,
+        shard_size: int | None = None,
         device: torch.device | str | None = None,
         ranks: tuple[int, ...] | None = None,
     ) -> Mesh:
         """This rank's mesh over `ranks` (default: all). A collective: every rank of the job calls it alike.
 
-        dp defaults to what remains of the ranks. Raises ValueError when the degrees do not multiply to their number,
-        or when this rank is not among `ranks`.
+        dp defaults to what remains of the ranks, shard_size to dp. Raises ValueError when the degrees do not multiply
+        to their number, when shard_size does not divide dp, or when this rank is not among `ranks`.
         """
         world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         members = tuple(range(world_size)) if ranks is None else tuple(ranks)
@@ -90,12 +98,20 @@ class Mesh:
             raise ValueError(f"tp {tp} x pp {pp} x cp {cp} x dp {dp} = {dp * model_size}, but {len(members)} ranks")
         if rank not in members:
             raise ValueError(f"rank {rank} is not one of the mesh's ranks {members}")
+        shard_size = dp if shard_size is None else shard_size
+        if shard_size < 1 or dp % shard_size:
+            raise ValueError(f"shard size {shard_size} does not divide dp {dp}: use a divisor, such as {dp}")
         recorder = Recorder()
         grid = torch.tensor(members).view(pp, dp, cp, tp)
         axes = {
             name: _own_axis(name, _lines(grid, dim), rank, recorder)
             for dim, name in enumerate(("pp", "dp", "cp", "tp"))
         }
+        axes["shard"], axes["replicate"] = axes["dp"], _own_axis("replicate", [(rank,)], rank, recorder)
+        if shard_size < dp:
+            split = grid.view(pp, dp // shard_size, shard_size, cp, tp)
+            axes["shard"] = _own_axis("shard", _lines(split, 2), rank, recorder)
+            axes["replicate"] = _own_axis("replicate", _lines(split, 1), rank, recorder)
         endpoints: list[tuple[int, ...]] = [(line[0], line[-1]) if pp > 1 else (line[0],) for line in _lines(grid, 0)]
         embedding = _own_axis("embedding", endpoints, rank, recorder)
         world = _own_axis("world", [members], rank, recorder)
@@ -122,7 +138,7 @@ def stop_process_group() -> None:
 
 
 def _lines(grid: torch.Tensor, dim: int) -> list[tuple[int, ...]]:
-    """All lines of ranks along `dim` of the grid [pp, dp, cp, tp]."""
+    """All lines of ranks along `dim` of the grid, [pp, dp, cp, tp] or with dp cut in two."""
     return [tuple(line.tolist()) for line in grid.movedim(dim, -1).reshape(-1, grid.size(dim))]
 
 

@@ -1,1 +1,1 @@
-"""Predictions of memory, communication and time (nothing here yet)."""
+"""Predictions of memory and communication (of time: nothing yet)."""

@@ -11,6 +11,7 @@ It needs no command line, no config file and no global; two engines (an actor an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -27,8 +28,11 @@ from megallm.generate.sampling import Sampling
 from megallm.model.fused import check_backends
 from megallm.model.transformer import Recompute, Transformer
 from megallm.ops.backends import DEFAULT, Backends
+from megallm.optim.flat import FlatParameters
 from megallm.optim.gradients import Gradients
 from megallm.optim.optimizer import AdamW
+from megallm.optim.residency import Residency
+from megallm.parallel.collectives import all_reduce_
 from megallm.parallel.mesh import Mesh
 from megallm.pipeline.generators import forward_only, make_schedule
 from megallm.pipeline.partition import partition_layers
@@ -77,12 +81,22 @@ class Engine:
             sequence_parallel=parallel.sequence_parallel,
             recompute=recompute,
             backends=backends,
-        ).initialize(seed)
+            allocate=not (train or parallel.zero == 3),
+        )
         self.gradients: Gradients | None = None
         self.optimizer: AdamW | None = None
-        if train:
-            self.gradients = Gradients(self.model, bucket_size=parallel.bucket_size)
-            self.optimizer = AdamW(self.gradients, self.optim, backends=backends)
+        self.flat: FlatParameters | None = None
+        self._residency: Residency | None = None
+        if train or parallel.zero == 3:
+            self.flat = FlatParameters(self.model, bucket_size=parallel.bucket_size, zero=parallel.zero)
+            for names in self.flat.refill():
+                self.model.initialize(seed, names=names)
+            self._residency = Residency(self.flat, keep=parallel.zero_keep)
+            if train:
+                self.gradients = Gradients(self.flat)
+                self.optimizer = AdamW(self.gradients, self._residency, self.optim, backends=backends)
+        else:
+            self.model.initialize(seed)
         self.step = 0
         """Optimizer steps done."""
 
@@ -122,42 +136,57 @@ class Engine:
 
         One batch is cut into microbatches of micro_batch_size; several are taken as microbatches as they are, each
         [B, S] of its own. No gradients, no dropout. Results in order on the last pipeline rank, an empty list
-        elsewhere. A collective over tp and pp.
+        elsewhere. A collective over tp and pp, and over dp at ZeRO stage 3, where ranks may still bring different
+        numbers of microbatches.
         """
         if isinstance(batches, dict):
             microbatches = split_batch(batches, self._num_microbatches(batches), mesh=self.mesh)
         else:
             parts = [split_batch(batch, 1, mesh=self.mesh)[0] for batch in batches]
             microbatches = [replace(part, index=index) for index, part in enumerate(parts)]
+        num_own = len(microbatches)
+        microbatches = [*microbatches, *self._fillers(num_own)]
         if not microbatches:
             return []
 
         def call(output: Any, microbatch: Microbatch) -> Any:
-            return fn(output, microbatch.batch)
+            return fn(output, microbatch.batch) if microbatch.index < num_own else None
 
         schedule = forward_only(self.mesh.pp.size, self._virtual_stages, len(microbatches))
-        return run_schedule(self.model, schedule, microbatches, call, train=False)
+        return run_schedule(self.model, schedule, microbatches, call, train=False)[:num_own]
+
+    def _fillers(self, num_own: int) -> list[Microbatch]:
+        """Microbatches of zeros, so that all ranks that gather parameters together pass as often."""
+        if self.flat is None or self.flat.zero < 3:
+            return []
+        most = torch.tensor(num_own, device=self.mesh.device)
+        num_missing = int(all_reduce_(most, self.mesh.shard, op="max")) - num_own
+        ids = torch.zeros(1, self.mesh.tp.size, dtype=torch.int64)
+        empty = split_batch({"input_ids": ids}, 1, mesh=self.mesh)[0]
+        return [replace(empty, index=num_own + i) for i in range(num_missing)]
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling | None = None
     ) -> list[list[int]]:
         """New token ids of each prompt (all prompts on every rank), on every rank. A collective.
 
-        dp ranks share the prompts; a sample depends on (seed, prompt's place, position), not on the layout.
+        dp ranks share the prompts; a sample depends on (seed, prompt's place, position), not on the layout. Whole
+        parameters are held meanwhile, at ZeRO stage 3 too.
         """
-        return generate(self.model, prompts, max_new_tokens=max_new_tokens, sampling=sampling or Sampling())
+        with nullcontext() if self._residency is None else self._residency.hold():
+            return generate(self.model, prompts, max_new_tokens=max_new_tokens, sampling=sampling or Sampling())
 
     def save(self, directory: str, *, consumed_samples: int = 0, tokens: int = 0, keep: int = 0) -> None:
         """Writes `directory`/step-N: weights, optimizer state, shape. A collective."""
         state = TrainState(step=self.step, consumed_samples=consumed_samples, tokens=tokens)
-        sharded.save(directory, self.model, self.optimizer, state, keep=keep)
+        sharded.save(directory, self.model, self.optimizer, state, flat=self.flat, keep=keep)
 
     def load(self, directory: str, *, weights_only: bool = False) -> TrainState:
         """Takes over the newest checkpoint in `directory`, saved at any layout; ValueError if none. A collective."""
         found = sharded.latest(directory)
         if found is None:
             raise ValueError(f"no complete checkpoint in {directory}")
-        state = sharded.load(found, self.model, None if weights_only else self.optimizer)
+        state = sharded.load(found, self.model, None if weights_only else self.optimizer, flat=self.flat)
         if weights_only and self.optimizer is not None:
             self.optimizer.refresh_master()
         self.step = 0 if weights_only else state.step

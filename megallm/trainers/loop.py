@@ -148,6 +148,7 @@ class _Loop:
             self._engine.model,
             self._engine.optimizer,
             self.state,
+            flat=self._engine.flat,
             run_config=self._outputs.settings,
             keep=self._run.checkpoint.keep,
         )

@@ -103,7 +103,9 @@ def pretrain(plan: PretrainPlan, info: LaunchInfo, device: torch.device, *, samp
     run, log = plan.run, Log(info.rank)
     start_process_group(rank=info.rank, world_size=info.world_size, device=device)
     parallel, train = run.parallel, run.train
-    mesh = Mesh.build(tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, device=device)
+    mesh = Mesh.build(
+        tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, shard_size=parallel.zero_shard_size, device=device
+    )
     engine = Engine(
         plan.config,
         mesh,

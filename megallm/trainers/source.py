@@ -36,7 +36,7 @@ class ModelSource:
         if self.kind == "checkpoint":
             engine.load(str(self.path), weights_only=True)
         else:
-            load_into(engine.model, self.path)
+            load_into(engine.model, self.path, groups=None if engine.flat is None else engine.flat.refill())
             if engine.optimizer is not None:
                 engine.optimizer.refresh_master()
 

@@ -90,7 +90,7 @@ def train_step(
     gradients.start(len(microbatches))
     losses = run_schedule(model, schedule, microbatches, scaled_loss, train=True)
     gradients.finish()
-    grad_norm = global_norm(gradients.counted_slices(), mesh)
+    grad_norm = global_norm(gradients.counted_slices(), mesh, is_sharded=gradients.is_sharded)
     optimizer.step(
         learning_rate=learning_rate,
         grad_divisor=clip_divisor(grad_norm, max_grad_norm),
