@@ -154,11 +154,7 @@ def test_only_parallel_talks_to_torch_distributed() -> None:
         if layer(path) in ("parallel", "testing"):
             continue
         for node, name in [*imports(path), *names_used(path)]:
-            is_checkpoint = layer(path) == "checkpoint" and is_within(name, "torch.distributed.checkpoint")
-            if is_within(name, "torch.distributed") and not is_checkpoint:
-                # `torch.distributed` alone is the first half of `torch.distributed.checkpoint`, walked on its own
-                if layer(path) == "checkpoint" and name == "torch.distributed" and isinstance(node, ast.Attribute):
-                    continue
+            if is_within(name, "torch.distributed"):
                 wrong.append(f"{label(path, node)}: {name}")
     assert not wrong, "\n".join(wrong)
 

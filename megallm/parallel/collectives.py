@@ -35,7 +35,7 @@ class Pending:
 
 
 class _Exchanged(Pending):
-    """A reduce-scatter of gloo's, twice as fast as its own: every rank sends each other one its part."""
+    """A reduce-scatter over gloo, whose own is slower: every rank sends each other one its part."""
 
     def __init__(self, own: torch.Tensor, x: torch.Tensor, axis: Axis) -> None:
         self._parts = torch.empty_like(x)
@@ -51,7 +51,7 @@ class _Exchanged(Pending):
 
 
 class _Broadcast(Pending):
-    """An all-gather of gloo's, twice as fast as its own: every rank's part is broadcast."""
+    """An all-gather over gloo, whose own is slower: every rank's part is broadcast."""
 
     def __init__(self, out: torch.Tensor, x: torch.Tensor, axis: Axis) -> None:
         parts = out.chunk(axis.size)
