@@ -14,7 +14,9 @@ from megallm.config.check import (
     check_layout,
     check_length,
     check_model,
+    check_numerics,
     check_optim,
+    check_optimizer_layout,
     check_run,
     check_train,
     data_parallel_size,
@@ -23,6 +25,7 @@ from megallm.config.check import (
 from megallm.config.checkpoint import CheckpointConfig
 from megallm.config.data import DataConfig
 from megallm.config.model import ModelConfig, RopeScaling
+from megallm.config.numerics import NumericsConfig
 from megallm.config.optim import OptimConfig
 from megallm.config.parallel import ParallelConfig
 from megallm.config.presets import get_preset, preset_names
@@ -160,10 +163,45 @@ def test_learned_positions_end_and_rotary_ones_warn() -> None:
 
 
 def test_unavailable_precision_names_those_that_are() -> None:
-    assert refused(check_train, TrainConfig(precision="fp8")) == (
-        "precision fp8 is not available yet: use fp32, bf16 or fp64"
+    assert refused(check_numerics, NumericsConfig(precision="fp8")) == (
+        "precision fp8 is not available yet: use fp32, bf16, fp16 or fp64"
     )
-    check_train(TrainConfig(precision="bf16"))
+    for precision in ("fp32", "bf16", "fp16", "fp64"):
+        check_numerics(NumericsConfig(precision=precision))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("numerics", "words"),
+    [
+        (NumericsConfig(grad_dtype="bf16"), "grad_dtype bf16 with precision fp32: use precision bf16"),
+        (NumericsConfig(precision="fp16", grad_dtype="bf16"), "grad_dtype bf16 with precision fp16"),
+        (NumericsConfig(precision="bf16", tf32=True), "tf32 with precision bf16"),
+        (NumericsConfig(loss_scale=1000.0), "loss_scale (1000.0) must be a power of 2"),
+        (NumericsConfig(loss_scale=0.0), "loss_scale (0.0) must be above 0"),
+        (NumericsConfig(max_bad_steps=-1), "max_bad_steps (-1) must be 0 or more"),
+    ],
+)
+def test_numerics_belong_together(numerics: NumericsConfig, words: str) -> None:
+    assert words in refused(check_numerics, numerics)
+
+
+@pytest.mark.parametrize(
+    ("optim", "layout", "words"),
+    [
+        ({"optimizer": "lion"}, {}, "optimizer lion does not exist: use adamw, muon or sgd"),
+        ({"optimizer": "muon"}, {"zero": 3}, "optimizer muon with zero 3: it needs whole matrices: use zero 1 or 2"),
+        ({"optimizer": "sgd"}, {"offload": "optimizer"}, "optimizer sgd with offload optimizer: only AdamW"),
+    ],
+)
+def test_optimizers_work_on_what_the_layout_gives_them(
+    optim: dict[str, Any], layout: dict[str, Any], words: str
+) -> None:
+    assert words in refused(check_optimizer_layout, OptimConfig(**optim), ParallelConfig(**layout))
+
+
+def test_parameters_leave_the_device_at_stage_3_only() -> None:
+    words = refused(check_layout, model(), ParallelConfig(offload="optimizer+params", zero=2), 2)
+    assert "offload optimizer+params with zero 2" in words and "use zero 3, or offload optimizer" in words
 
 
 @pytest.mark.parametrize("name", ["steps", "micro_batch_size", "global_batch_size", "seq_length", "log_every"])
@@ -249,7 +287,7 @@ def test_one_run_is_checked_as_a_whole() -> None:
     def run(**sections: Any) -> str:
         return refused(check_run, RunConfig(**sections), model(), 2)
 
-    assert "precision fp16" in run(train=TrainConfig(precision="fp16"))
+    assert "precision fp8" in run(numerics=NumericsConfig(precision="fp8"))
     assert "warmup_steps" in run(optim=OptimConfig(warmup_steps=100))
     assert "parts" in run(data=DataConfig(data=("a", "b", "c")))
     assert "--save" in run(checkpoint=CheckpointConfig(save_every=1))

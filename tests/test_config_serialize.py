@@ -51,7 +51,7 @@ LLAMA = to_plain(get_preset("llama3.2-1b"))
         (RunConfig, {"train": {"steps": 3.0}}, "train.steps: expected int, got 3.0"),
         (RunConfig, {"train": {"steps": None}}, "train.steps: null is not allowed here"),
         (RunConfig, {"train": [3]}, r"train: expected a dict of TrainConfig fields, got \[3\]"),
-        (RunConfig, {"train": {"precision": "bf17"}}, "train.precision: 'bf17' is not one of"),
+        (RunConfig, {"numerics": {"precision": "bf17"}}, "numerics.precision: 'bf17' is not one of"),
         (RunConfig, {"data": {"data": "a"}}, "data.data: expected a list, got 'a'"),
         (RunConfig, {"data": {"data": ["a", 1]}}, r"data.data\[1\]: expected str, got 1"),
         (RunConfig, {"optim": {"eps": float("nan")}}, "optim.eps: nan is not a finite number"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megallm.config.check import check_layout
+from megallm.config.numerics import Precision
 from megallm.config.parallel import ParallelConfig
 from megallm.parallel.mesh import Mesh, start_process_group
 from megallm.runtime.environment import launch_info
@@ -36,7 +37,7 @@ class InferenceJob:
 
     source: ModelSource
     parallel: ParallelConfig
-    precision: str
+    precision: Precision
     device: torch.device
 
     def start(self) -> Engine:

@@ -7,39 +7,45 @@ what is legal but probably not meant comes back as a list of warnings.
     check_model      a model's shape by itself
     check_layout     model x parallel x world size
     check_batch      batch sizes x data parallelism x schedule
-    check_train, check_optim, check_data, check_checkpoint    one section each
+    check_train, check_numerics, check_optim, check_data, check_checkpoint    one section each
+    check_optimizer_layout    optimizer x parallel
 
 Letters: N query heads, K key/value heads.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Any
-
 from megallm.config.backends import parse_backends
+from megallm.config.check_optim import check_numerics, check_optim, check_optimizer_layout
 from megallm.config.checkpoint import CheckpointConfig
 from megallm.config.data import DataConfig
 from megallm.config.model import ModelConfig
-from megallm.config.optim import OptimConfig
 from megallm.config.parallel import ParallelConfig
-from megallm.config.resolve import resolve_optim, resolve_parallel
+from megallm.config.resolve import resolve_parallel
+from megallm.config.rules import (
+    divisors,
+    either,
+    fraction,
+    is_positive_number,
+    nearest_multiples,
+    not_negative,
+    positive,
+)
 from megallm.config.run import RunConfig
 from megallm.config.train import TrainConfig
-
-AVAILABLE_PRECISIONS = ("fp32", "bf16", "fp64")
 
 
 def check_run(run: RunConfig, model: ModelConfig, world_size: int) -> list[str]:
     """Warnings about `run` of `model` on `world_size` ranks; ValueError for the first broken rule."""
     parse_backends(run.backend)
     check_train(run.train)
+    check_numerics(run.numerics)
     check_optim(run.optim, total_steps=run.train.steps)
     check_data(run.data)
     check_checkpoint(run.checkpoint)
     check_model(model)
     check_layout(model, run.parallel, world_size)
+    check_optimizer_layout(run.optim, run.parallel)
     dp = data_parallel_size(run.parallel, world_size)
     warnings = check_length(model, seq_length=run.train.seq_length)
     return warnings + check_batch(run.train, run.parallel, dp=dp)
@@ -51,7 +57,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     if world_size % model_ranks:
         raise ValueError(
             f"world size ({world_size}) is not divisible by tp * pp * cp ({parallel.tp} * {parallel.pp} * "
-            f"{parallel.cp} = {model_ranks}): start {_nearest_multiples(world_size, model_ranks)} ranks"
+            f"{parallel.cp} = {model_ranks}): start {nearest_multiples(world_size, model_ranks)} ranks"
         )
     return world_size // model_ranks
 
@@ -63,14 +69,14 @@ def num_microbatches(train: TrainConfig, dp: int) -> int:
         raise ValueError(
             f"global_batch_size ({train.global_batch_size}) is not divisible by micro_batch_size * dp "
             f"({train.micro_batch_size} * {dp} = {per_microbatch}): use global_batch_size "
-            f"{_nearest_multiples(train.global_batch_size, per_microbatch)}"
+            f"{nearest_multiples(train.global_batch_size, per_microbatch)}"
         )
     return train.global_batch_size // per_microbatch
 
 
 def check_model(model: ModelConfig) -> None:
     """ValueError unless the shape of `model` holds together."""
-    _positive(
+    positive(
         model, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "max_position_embeddings", "norm_eps", "rope_theta", "initializer_range",
     )  # fmt: skip
@@ -78,9 +84,9 @@ def check_model(model: ModelConfig) -> None:
     if heads % kv_heads:
         raise ValueError(
             f"num_attention_heads ({heads}) is not divisible by num_key_value_heads ({kv_heads}): "
-            f"use num_key_value_heads {_either(_divisors(heads))}"
+            f"use num_key_value_heads {either(divisors(heads))}"
         )
-    _fraction(model, "hidden_dropout", "attention_dropout")
+    fraction(model, "hidden_dropout", "attention_dropout")
     if model.sliding_window is not None and model.sliding_window < 1:
         raise ValueError(f"sliding_window ({model.sliding_window}) must be at least 1, or none for full attention")
     if model.head == "scalar" and model.tie_word_embeddings:
@@ -100,7 +106,7 @@ def check_model(model: ModelConfig) -> None:
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
     """ValueError unless `model` can be laid over `world_size` ranks as `parallel` says."""
-    _positive(parallel, "tp", "pp", "cp", "ep", "virtual_stages", "bucket_size")
+    positive(parallel, "tp", "pp", "cp", "ep", "virtual_stages", "bucket_size")
     if world_size < 1:
         raise ValueError(f"world size ({world_size}) must be at least 1")
     for name, only in (("cp", 1), ("ep", 1)):
@@ -110,6 +116,11 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
     _check_tensor_parallel(model, parallel.tp)
     _check_schedule(parallel)
     _check_stages(model, parallel)
+    if parallel.offload == "optimizer+params" and parallel.zero != 3:
+        raise ValueError(
+            f"offload optimizer+params with zero {parallel.zero}: parameters leave the device between their uses at "
+            "stage 3 only: use zero 3, or offload optimizer"
+        )
     _check_zero(parallel, dp=data_parallel_size(parallel, world_size))
 
 
@@ -137,11 +148,11 @@ def check_batch(train: TrainConfig, parallel: ParallelConfig, *, dp: int) -> lis
         raise ValueError(
             f"micro_batch_size * seq_length ({train.micro_batch_size} * {train.seq_length} = {tokens} tokens) is not "
             f"divisible by tp ({parallel.tp}), which sequence parallelism needs: use seq_length "
-            f"{_nearest_multiples(train.seq_length, parallel.tp)}, or --no-sequence-parallel"
+            f"{nearest_multiples(train.seq_length, parallel.tp)}, or --no-sequence-parallel"
         )
     if parallel.schedule == "interleaved" and count % parallel.pp:
         per_microbatch = train.micro_batch_size * dp
-        sizes = _nearest_multiples(train.global_batch_size, per_microbatch * parallel.pp)
+        sizes = nearest_multiples(train.global_batch_size, per_microbatch * parallel.pp)
         raise ValueError(
             f"the interleaved schedule needs num_microbatches ({count} = global_batch_size {train.global_batch_size} "
             f"/ (micro_batch_size {train.micro_batch_size} * dp {dp})) to be a multiple of pp ({parallel.pp}): "
@@ -175,46 +186,16 @@ def check_length(model: ModelConfig, *, seq_length: int) -> list[str]:
 
 
 def check_train(train: TrainConfig) -> None:
-    """ValueError unless sizes are positive and the precision exists."""
-    _positive(train, "steps", "micro_batch_size", "global_batch_size", "seq_length", "log_every", "eval_sequences")
-    _not_negative(train, "eval_every", "seed")
-    if train.precision not in AVAILABLE_PRECISIONS:
-        raise ValueError(f"precision {train.precision} is not available yet: use {_either(AVAILABLE_PRECISIONS)}")
-
-
-def check_optim(optim: OptimConfig, *, total_steps: int) -> None:
-    """ValueError unless the learning-rate schedule fits into `total_steps` and AdamW's constants are in range."""
-    _positive(optim, "learning_rate", "eps")
-    _not_negative(optim, "weight_decay", "max_grad_norm", "warmup_steps")
-    _fraction(optim, "beta1", "beta2")
-    if optim.min_learning_rate is not None and not 0.0 <= optim.min_learning_rate <= optim.learning_rate:
-        raise ValueError(
-            f"min_learning_rate ({optim.min_learning_rate}) must be between 0 and learning_rate "
-            f"({optim.learning_rate})"
-        )
-    warmup, after_warmup = optim.warmup_steps, total_steps - optim.warmup_steps
-    if warmup and after_warmup < 1:
-        raise ValueError(
-            f"warmup_steps ({warmup}) must be smaller than steps ({total_steps}): use warmup_steps "
-            f"{total_steps - 1} or less"
-        )
-    if optim.decay_steps is None:
-        return
-    _positive(optim, "decay_steps")
-    if optim.lr_schedule == "constant":
-        raise ValueError(f"decay_steps ({optim.decay_steps}) with lr_schedule constant, which never decays: drop one")
-    if resolve_optim(optim, total_steps=total_steps).decay_steps > after_warmup:  # type: ignore[operator]
-        raise ValueError(
-            f"warmup_steps ({warmup}) + decay_steps ({optim.decay_steps}) is more than steps ({total_steps}): use "
-            f"decay_steps {after_warmup} or less"
-        )
+    """ValueError unless sizes are positive."""
+    positive(train, "steps", "micro_batch_size", "global_batch_size", "seq_length", "log_every", "eval_sequences")
+    not_negative(train, "eval_every", "seed")
 
 
 def check_data(data: DataConfig) -> None:
     """ValueError unless `data` and `valid_data` are empty, one path, or `weight path` pairs."""
     if not 0.0 <= data.valid_fraction < 1.0:
         raise ValueError(f"valid_fraction ({data.valid_fraction}) must be at least 0 and below 1")
-    _positive(data, "tokenizer_vocab_size")
+    positive(data, "tokenizer_vocab_size")
     for name in ("data", "valid_data"):
         parts: tuple[str, ...] = getattr(data, name)
         if len(parts) < 2:
@@ -223,13 +204,13 @@ def check_data(data: DataConfig) -> None:
         if len(parts) % 2:
             raise ValueError(f"{rule}: got {len(parts)} parts: {' '.join(parts)}")
         for weight in parts[::2]:
-            if not _is_positive_number(weight):
+            if not is_positive_number(weight):
                 raise ValueError(f"{rule}: {weight!r} is not a positive weight")
 
 
 def check_checkpoint(checkpoint: CheckpointConfig) -> None:
     """ValueError unless what is asked for can be saved."""
-    _not_negative(checkpoint, "save_every", "keep")
+    not_negative(checkpoint, "save_every", "keep")
     if checkpoint.save_every and checkpoint.save is None:
         raise ValueError(f"save_every ({checkpoint.save_every}) without a directory to save to: give --save DIR")
 
@@ -237,7 +218,7 @@ def check_checkpoint(checkpoint: CheckpointConfig) -> None:
 def _check_tensor_parallel(model: ModelConfig, tp: int) -> None:
     """Heads and MLP columns are cut into tp equal parts; kv heads too, or each is held by tp / K ranks."""
     heads, kv_heads, columns = model.num_attention_heads, model.num_key_value_heads, model.intermediate_size
-    way_out = f"use tp {_either(_working_tp(model, near=tp))}"
+    way_out = f"use tp {either(_working_tp(model, near=tp))}"
     if heads % tp:
         raise ValueError(f"num_attention_heads ({heads}) is not divisible by tp ({tp}): {way_out}")
     if kv_heads % tp and tp % kv_heads:
@@ -253,7 +234,7 @@ def _working_tp(model: ModelConfig, *, near: int) -> list[int]:
     kv_heads = model.num_key_value_heads
     sizes = [
         tp
-        for tp in _divisors(model.num_attention_heads)
+        for tp in divisors(model.num_attention_heads)
         if 1 < tp <= max(8, 2 * near)
         and not (kv_heads % tp and tp % kv_heads)
         and model.intermediate_size % tp == 0
@@ -323,48 +304,3 @@ def _check_rope(model: ModelConfig) -> None:
     original = scaling.original_max_position_embeddings
     if original is not None and original < 1:
         raise ValueError(f"rope_scaling original_max_position_embeddings ({original}) must be at least 1")
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} ({value}) must be {'at least 1' if isinstance(value, int) else 'above 0'}")
-
-
-def _not_negative(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name} ({value}) must be 0 or more")
-
-
-def _fraction(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{name} ({value}) must be at least 0 and below 1")
-
-
-def _is_positive_number(text: str) -> bool:
-    try:
-        value = float(text)
-    except ValueError:
-        return False
-    return value > 0.0 and math.isfinite(value)
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _nearest_multiples(number: int, unit: int) -> str:
-    """The multiples of `unit` around `number`: "4 or 8"."""
-    below = number // unit * unit
-    return _either([size for size in (below, below + unit) if size > 0])
-
-
-def _either(choices: Iterable[object]) -> str:
-    """2, 3, 5 or 6."""
-    words = [str(choice) for choice in choices]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -8,7 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with decoupled weight decay (arXiv 1711.05101)."""
+    """One optimizer, its constants and schedule."""
+
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    """`adamw`: decoupled weight decay (arXiv 1711.05101). `muon`: orthogonalised momentum for the layers' matrices,
+    AdamW for the rest (arXiv 2502.16982). `sgd`: with momentum."""
 
     learning_rate: float = 3e-4
     """Peak learning rate."""
@@ -23,11 +27,13 @@ class OptimConfig:
     """Length of the decay, steps. auto = all steps after warm-up; for `wsd` a tenth of all steps."""
     weight_decay: float = 0.1
     """Applied to matrices only: not to norms, biases and learned positions."""
+    momentum: float | None = None
+    """Decay of Muon's and SGD's momentum. auto = 0.95 for `muon`, 0.9 for `sgd`."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """AdamW: decay of the first moment."""
     beta2: float = 0.95
-    """Decay of the second moment (GPT-3's 0.95)."""
+    """AdamW: decay of the second moment (GPT-3's 0.95)."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """AdamW: added to the root of the second moment."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 = never."""

@@ -37,5 +37,8 @@ class ParallelConfig:
     ranks."""
     zero_keep: bool = False
     """ZeRO 3: gathered parameters stay until the update, instead of being gathered for each pass of a layer."""
+    offload: Literal["none", "optimizer", "optimizer+params"] = "none"
+    """What lives in the host's memory: `optimizer` = its state and gradient sums, updated there by the CPU;
+    `optimizer+params` = also parameters between their uses (ZeRO 3)."""
     bucket_size: int = 25_000_000
     """Gradient elements reduced together; the reduction of a full bucket overlaps the rest of backward."""

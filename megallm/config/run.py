@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from megallm.config.checkpoint import CheckpointConfig
 from megallm.config.data import DataConfig
+from megallm.config.numerics import NumericsConfig
 from megallm.config.optim import OptimConfig
 from megallm.config.parallel import ParallelConfig
 from megallm.config.train import TrainConfig
@@ -27,6 +28,8 @@ class RunConfig:
     """How the model is laid over ranks."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
+    numerics: NumericsConfig = field(default_factory=NumericsConfig)
+    """Precision."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
     data: DataConfig = field(default_factory=DataConfig)

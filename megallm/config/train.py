@@ -1,4 +1,4 @@
-"""The loop: how many tokens a step has, how many steps, in which precision."""
+"""The loop: how many tokens a step has, how many steps, what is recomputed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Batch geometry, length, precision, reporting."""
+    """Batch geometry, length, recomputation, reporting."""
 
     steps: int = 100
     """Optimizer steps."""
@@ -18,8 +18,6 @@ class TrainConfig:
     """Sequences of one optimizer step over the whole job; a multiple of micro_batch_size * dp."""
     seq_length: int = 256
     """Tokens of a sequence."""
-    precision: Literal["fp64", "fp32", "bf16", "fp16", "fp8"] = "fp32"
-    """`bf16`: bf16 weights and activations, fp32 master weights, gradients and moments. `fp64`: proofs on CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: `selective` = attention only, `full` = whole layers."""
     seed: int = 1234

@@ -21,6 +21,7 @@ import torch
 from megallm.checkpoint import sharded
 from megallm.checkpoint.sharded import TrainState
 from megallm.config.model import ModelConfig
+from megallm.config.numerics import NumericsConfig, Precision
 from megallm.config.optim import OptimConfig
 from megallm.config.parallel import ParallelConfig, ScheduleName
 from megallm.generate.decode import generate
@@ -42,7 +43,7 @@ from megallm.pipeline.validate import validate
 from megallm.trainers.losses import Batch, LossFunction, count_labels
 from megallm.trainers.step import StepResult, dropout_key, split_batch, train_step
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine:
@@ -56,7 +57,7 @@ class Engine:
         parallel: ParallelConfig | None = None,
         optim: OptimConfig | None = None,
         micro_batch_size: int = 1,
-        precision: str = "fp32",
+        precision: Precision | NumericsConfig = "fp32",
         recompute: Recompute = "none",
         seed: int = 1234,
         train: bool = True,
@@ -64,12 +65,15 @@ class Engine:
     ) -> None:
         """Builds and initialises this rank's part. Of `parallel` only what the mesh does not say is used.
 
+        precision: its name, or all about it.
         micro_batch_size: sequences a forward takes at once; `train=False` leaves out gradients and optimizer state.
         backends: what the fused operations run on; ValueError if one is forced that cannot run here.
         """
         parallel = parallel if parallel is not None else ParallelConfig(tp=mesh.tp.size, pp=mesh.pp.size)
+        numerics = NumericsConfig(precision=precision) if isinstance(precision, str) else precision
+        dtype = DTYPES[numerics.precision]
         self.config, self.mesh, self.optim = config, mesh, optim if optim is not None else OptimConfig()
-        check_backends(backends, config, tp=mesh.tp.size, device=mesh.device, dtype=DTYPES[precision])
+        check_backends(backends, config, tp=mesh.tp.size, device=mesh.device, dtype=dtype)
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self._virtual_stages, self._schedule_name = parallel.virtual_stages, parallel.schedule
         self.num_stages = mesh.pp.size * parallel.virtual_stages
@@ -77,7 +81,7 @@ class Engine:
             config,
             mesh,
             partition=partition_layers(config.num_hidden_layers, self.num_stages, explicit=parallel.pipeline_partition),
-            dtype=DTYPES[precision],
+            dtype=dtype,
             sequence_parallel=parallel.sequence_parallel,
             recompute=recompute,
             backends=backends,

@@ -76,7 +76,7 @@ def plan(run: RunConfig, *, world_size: int, cache_dir: Path, device: torch.devi
     backends = Backends(parse_backends(run.backend), announce=lambda line: None)
     check_names(backends, config)
     check_backends(
-        backends, config, tp=run.parallel.tp, device=device or torch.device("cpu"), dtype=DTYPES[run.train.precision]
+        backends, config, tp=run.parallel.tp, device=device or torch.device("cpu"), dtype=DTYPES[run.numerics.precision]
     )
     train_samples = data.train_dataset(seq_length=run.train.seq_length, seed=run.train.seed)
     valid_samples = data.valid_dataset(seq_length=run.train.seq_length)
@@ -112,7 +112,7 @@ def pretrain(plan: PretrainPlan, info: LaunchInfo, device: torch.device, *, samp
         parallel=parallel,
         optim=run.optim,
         micro_batch_size=train.micro_batch_size,
-        precision=train.precision,
+        precision=run.numerics,
         recompute=train.recompute,
         seed=train.seed,
         backends=Backends(parse_backends(run.backend), announce=lambda line: log.info(f"kernel {line}")),

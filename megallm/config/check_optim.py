@@ -1,0 +1,72 @@
+"""Rules on the optimizer and on precision: see check.py."""
+
+from __future__ import annotations
+
+import math
+
+from megallm.config.numerics import NumericsConfig
+from megallm.config.optim import OptimConfig
+from megallm.config.parallel import ParallelConfig
+from megallm.config.resolve import resolve_optim
+from megallm.config.rules import either, fraction, not_negative, positive
+
+OPTIMIZERS = ("adamw", "muon", "sgd")
+AVAILABLE_PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+
+
+def check_numerics(numerics: NumericsConfig) -> None:
+    """ValueError unless the precision exists, and what else is set belongs to it."""
+    positive(numerics, "loss_scale", "loss_scale_window", "loss_scale_hysteresis")
+    not_negative(numerics, "max_bad_steps")
+    precision = numerics.precision
+    if precision not in AVAILABLE_PRECISIONS:
+        raise ValueError(f"precision {precision} is not available yet: use {either(AVAILABLE_PRECISIONS)}")
+    if numerics.grad_dtype == "bf16" and precision not in ("bf16", "fp8"):
+        raise ValueError(f"grad_dtype bf16 with precision {precision}: use precision bf16 or fp8, or grad_dtype fp32")
+    if numerics.tf32 and precision != "fp32":
+        raise ValueError(f"tf32 with precision {precision}: it is about fp32 products: leave it out, or use fp32")
+    if numerics.loss_scale != 2.0 ** round(math.log2(numerics.loss_scale)):
+        raise ValueError(f"loss_scale ({numerics.loss_scale}) must be a power of 2, so that scaling is exact")
+
+
+def check_optim(optim: OptimConfig, *, total_steps: int) -> None:
+    """ValueError unless the learning-rate schedule fits into `total_steps` and AdamW's constants are in range."""
+    positive(optim, "learning_rate", "eps")
+    not_negative(optim, "weight_decay", "max_grad_norm", "warmup_steps")
+    fraction(optim, "beta1", "beta2")
+    if optim.momentum is not None:
+        fraction(optim, "momentum")
+    if optim.min_learning_rate is not None and not 0.0 <= optim.min_learning_rate <= optim.learning_rate:
+        raise ValueError(
+            f"min_learning_rate ({optim.min_learning_rate}) must be between 0 and learning_rate "
+            f"({optim.learning_rate})"
+        )
+    warmup, after_warmup = optim.warmup_steps, total_steps - optim.warmup_steps
+    if warmup and after_warmup < 1:
+        raise ValueError(
+            f"warmup_steps ({warmup}) must be smaller than steps ({total_steps}): use warmup_steps "
+            f"{total_steps - 1} or less"
+        )
+    if optim.decay_steps is None:
+        return
+    positive(optim, "decay_steps")
+    if optim.lr_schedule == "constant":
+        raise ValueError(f"decay_steps ({optim.decay_steps}) with lr_schedule constant, which never decays: drop one")
+    if resolve_optim(optim, total_steps=total_steps).decay_steps > after_warmup:  # type: ignore[operator]
+        raise ValueError(
+            f"warmup_steps ({warmup}) + decay_steps ({optim.decay_steps}) is more than steps ({total_steps}): use "
+            f"decay_steps {after_warmup} or less"
+        )
+
+
+def check_optimizer_layout(optim: OptimConfig, parallel: ParallelConfig) -> None:
+    """ValueError unless the optimizer can work on the shards that `parallel` gives it."""
+    if optim.optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer {optim.optimizer} does not exist: use {either(OPTIMIZERS)}")
+    if optim.optimizer == "muon" and parallel.zero == 3:
+        raise ValueError("optimizer muon with zero 3: it needs whole matrices: use zero 1 or 2, or optimizer adamw")
+    if optim.optimizer != "adamw" and parallel.offload != "none":
+        raise ValueError(
+            f"optimizer {optim.optimizer} with offload {parallel.offload}: only AdamW runs on the host: use optimizer "
+            "adamw, or offload none"
+        )
