@@ -2,9 +2,10 @@
 
 The folder kernels/ is a source root and not a package: its content is installed as `megallm_kernels`.
 
-No compiler is needed. `MEGALLM_BUILD_CUDA=1 pip install .` also builds csrc/ with nvcc, as `megallm_kernels._compiled`,
-for the architectures in MEGALLM_CUDA_ARCHS (default "80;90a": A100, and H100 or H200) and, as PTX, for newer ones, or
-fails and says why.
+No compiler is needed. Where there is one for C++, csrc/cpu_*.cpp become `megallm_kernels._cpu`; where there is none, or
+it fails, `pip install -v .` shows why, and the rest is installed. `MEGALLM_BUILD_CUDA=1 pip install .` also builds the
+rest of csrc/ with nvcc, as `megallm_kernels._compiled`, for the architectures in MEGALLM_CUDA_ARCHS (default "80;90a":
+A100, and H100 or H200) and, as PTX, for newer ones, or fails and says why.
 """
 
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 
@@ -35,15 +37,30 @@ def read_version() -> str:
     return match.group(1)
 
 
+CUDA_MODULE, CPU_MODULE = "megallm_kernels._compiled", "megallm_kernels._cpu"
+
+CPU_OPTIONS = ["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-w"]
+"""Instruction sets are chosen at run time: one build serves every machine of an architecture. -ffp-contract=off is
+what makes them agree to the bit."""
+
+
+def cpu_part() -> Extension:
+    """The extension over csrc/cpu_*, which may fail to build."""
+    sources = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("cpu_*.cpp"))
+    headers = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("cpu_*.h"))
+    return Extension(CPU_MODULE, sources=sources, depends=headers, language="c++", optional=True)
+
+
 def compiled_part() -> list[Extension]:
-    """The extension over csrc/, where MEGALLM_BUILD_CUDA asks for it."""
+    """The extension over the rest of csrc/, where MEGALLM_BUILD_CUDA asks for it."""
     if BUILD_CUDA in ("", "0"):
         return []
     if BUILD_CUDA != "1":
         raise SystemExit(f"MEGALLM_BUILD_CUDA is {BUILD_CUDA!r}: set it to 1 to build the CUDA kernels, or unset it")
-    sources = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.c[pu]*") if path.suffix != ".cuh")
-    headers = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.*h"))
-    return [Extension("megallm_kernels._compiled", sources=sources, depends=headers)]
+    files = sorted(path for path in (ROOT / "csrc").iterdir() if not path.name.startswith("cpu_"))
+    sources = [f"csrc/{path.name}" for path in files if path.suffix in (".cpp", ".cu")]
+    headers = [f"csrc/{path.name}" for path in files if path.suffix in (".h", ".cuh")]
+    return [Extension(CUDA_MODULE, sources=sources, depends=headers)]
 
 
 def find_nvcc() -> str:
@@ -74,11 +91,36 @@ def architecture_options(names: list[str]) -> list[str]:
     return [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in names]
 
 
-class BuildWithNvcc(build_ext):
-    """Compiles and links with nvcc alone. The CUDA runtime is linked in, so that the module loads without a GPU."""
+class BuildParts(build_ext):
+    """Builds the CPU's part with the compiler that setuptools finds, the CUDA part with nvcc alone."""
 
     def build_extension(self, ext: Extension) -> None:
-        """One object a source, all at a time; then the module."""
+        """One module."""
+        if ext.name == CUDA_MODULE:
+            self.build_with_nvcc(ext)
+        else:
+            self.build_for_cpu(ext)
+
+    def build_for_cpu(self, ext: Extension) -> None:
+        """With OpenMP, or, where the compiler has none, for one thread; else CompileError, which setuptools prints."""
+        try:
+            import pybind11
+        except ImportError as error:
+            raise CompileError(f"{ext.name} needs pybind11: {error}") from error
+        ext.include_dirs = [pybind11.get_include()]
+        for openmp in (["-fopenmp"], []):
+            ext.extra_compile_args, ext.extra_link_args = CPU_OPTIONS + openmp, openmp
+            try:
+                super().build_extension(ext)
+                return
+            except Exception as error:  # of the compiler and of the linker: setuptools has a class for each
+                print(f"{ext.name} does not build with {openmp or 'no threads'}: {error}", flush=True)
+                failed = error
+        raise CompileError(f"{ext.name} does not build, so AdamW on the CPU is left to torch: {failed}")
+
+    def build_with_nvcc(self, ext: Extension) -> None:
+        """One object a source, all at a time; then the module. The CUDA runtime is linked in, so that it loads without
+        a GPU."""
         import pybind11
 
         nvcc, code = find_nvcc(), code_names()
@@ -119,8 +161,8 @@ setup(
     ],
     package_dir={"megallm": "megallm", "megallm_kernels": "kernels/megallm_kernels"},
     package_data={"megallm.ops": ["*.csv"]},
-    ext_modules=compiled_part(),
-    cmdclass={"build_ext": BuildWithNvcc},
+    ext_modules=[*compiled_part(), cpu_part()],
+    cmdclass={"build_ext": BuildParts},
     install_requires=[
         "torch>=2.11",
         TRITON,
