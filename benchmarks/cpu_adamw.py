@@ -36,15 +36,20 @@ BYTES = {"plain": 28, "offloaded": 30}
 
 
 def ours(num_elements: int, *, is_offloaded: bool) -> Callable[[], None]:
-    """A step of megallm_kernels.cpu_adamw."""
+    """A step of megallm_kernels.cpu_adamw, in memory as the engine takes it."""
     import torch
 
     from megallm_kernels.cpu_adamw import cpu_adamw_, squared_norm, why_absent
+    from megallm_kernels.host_memory import host_zeros
 
     if why_absent():
         raise SystemExit(why_absent())
-    p, m, v = torch.randn(num_elements), torch.zeros(num_elements), torch.zeros(num_elements)
-    grad, copies = _gradient(num_elements, is_offloaded), [torch.empty_like(p, dtype=torch.bfloat16)] * is_offloaded
+    p, m, v = (host_zeros(num_elements, torch.float32, pinned=False) for _ in range(3))
+    p.copy_(torch.randn(num_elements))
+    given = _gradient(num_elements, is_offloaded)
+    grad = host_zeros(num_elements, given.dtype, pinned=False).copy_(given)
+    copies = [host_zeros(num_elements, torch.bfloat16, pinned=False)] * is_offloaded
+    del given
     done = 0
 
     def step() -> None:

@@ -10,6 +10,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "cpu_lanes.h"
 #ifdef MEGALLM_X86
@@ -188,6 +191,17 @@ double squared_norm(const std::vector<Array>& arrays, int num_threads, Isa isa) 
   double total = 0;
   for (const double sum : sums) total += sum;
   return total;
+}
+
+bool advise_huge_pages(void* data, int64_t num_bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data), end = (start + num_bytes) / kPage * kPage;
+  const uintptr_t first = (start + kPage - 1) / kPage * kPage;
+  return first < end && madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace megallm::cpu

@@ -84,6 +84,11 @@ PYBIND11_MODULE(_cpu, module) {
       arg("minus_rate"), arg("eps"), arg("grad_dtype"), arg("copy_dtype"), arg("num_threads"), arg("isa"));
 
   module.def(
+      "advise_huge_pages",
+      [](uint64_t address, int64_t num_bytes) { return advise_huge_pages(at<void>(address), num_bytes); },
+      py::kw_only(), arg("address"), arg("num_bytes"));
+
+  module.def(
       "squared_norm",
       [](const Addresses& arrays, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes, int num_threads,
          const std::string& isa) {

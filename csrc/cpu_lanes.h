@@ -66,6 +66,15 @@ inline void store(Half* at, float x) {
   at->bits = static_cast<uint16_t>(sign | out);
 }
 
+// Two stores at once, past the cache where there is a way; `at` is a multiple of kStreamBytes.
+constexpr uintptr_t kStreamBytes = 4;
+template <typename C>
+void stream(C* at, Floats low, Floats high) {
+  store(at, low);
+  store(at + 1, high);
+}
+inline void end_streams() {}
+
 struct Squares {
   double sum = 0;
   void add(float x) { sum += static_cast<double>(x) * static_cast<double>(x); }
@@ -105,17 +114,25 @@ inline Floats load(const Bfloat* at) {
 inline Floats load(const Half* at) { return _mm256_cvtph_ps(load_16_bit(at)); }
 
 inline void store(float* at, Floats x) { _mm256_storeu_ps(at, x); }
-inline void store(Bfloat* at, Floats x) {
+inline __m128i to_bfloat(Floats x) {
   const __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
   const __m256i half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(_mm256_srli_epi32(bits, 16), one));
   const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   const __m256i out = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
-  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(at), packed);
+  return _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1));
 }
-inline void store(Half* at, Floats x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+inline __m128i to_half(Floats x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+inline void store(Bfloat* at, Floats x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(at), to_bfloat(x)); }
+inline void store(Half* at, Floats x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(at), to_half(x)); }
+
+constexpr uintptr_t kStreamBytes = 32;
+inline void end_streams() { _mm_sfence(); }
+inline void stream(Bfloat* at, Floats low, Floats high) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(at), _mm256_set_m128i(to_bfloat(high), to_bfloat(low)));
+}
+inline void stream(Half* at, Floats low, Floats high) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(at), _mm256_set_m128i(to_half(high), to_half(low)));
 }
 
 struct Squares {
@@ -154,16 +171,26 @@ inline Floats load(const Bfloat* at) {
 inline Floats load(const Half* at) { return _mm512_cvtph_ps(load_16_bit(at)); }
 
 inline void store(float* at, Floats x) { _mm512_storeu_ps(at, x); }
-inline void store(Bfloat* at, Floats x) {  // AVX512_BF16 has an instruction for it, which takes denormals for zero
+inline __m256i to_bfloat(Floats x) {  // AVX512_BF16 has an instruction for it, which takes denormals for zero
   const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
   const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(_mm512_srli_epi32(bits, 16), one));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   const __m512i out = _mm512_mask_blend_epi32(is_nan, rounded, _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtepi32_epi16(out));
+  return _mm512_cvtepi32_epi16(out);
 }
-inline void store(Half* at, Floats x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+inline __m256i to_half(Floats x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+inline void store(Bfloat* at, Floats x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), to_bfloat(x)); }
+inline void store(Half* at, Floats x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), to_half(x)); }
+
+constexpr uintptr_t kStreamBytes = 64;
+inline void end_streams() { _mm_sfence(); }
+inline __m512i joined(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
+inline void stream(Bfloat* at, Floats low, Floats high) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(at), joined(to_bfloat(low), to_bfloat(high)));
+}
+inline void stream(Half* at, Floats low, Floats high) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(at), joined(to_half(low), to_half(high)));
 }
 
 struct Squares {

@@ -112,7 +112,9 @@ def cpu_adamw_(
 def squared_norm(
     tensors: Sequence[torch.Tensor], *, num_threads: int | None = None, fallback: bool = False, isa: str | None = None
 ) -> float:
-    """The sum of the squares of all elements, added in fp64; the same bits whatever the number of threads.
+    """The sum of the squares of all elements; the same bits whatever the number of threads.
+
+    Added in fp64; squares of bf16 and fp16 elements by 16 in fp32 first (relative error below 15 2^-24).
 
     Contiguous fp32, bf16 and fp16 tensors on the CPU. Other arguments: see `cpu_adamw_`.
     """

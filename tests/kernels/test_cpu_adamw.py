@@ -241,14 +241,26 @@ def test_gradients_are_widened_as_torch_widens(cpu_part: Any, isa: str, dtype: t
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_squared_norm_matches_fp64(cpu_part: Any, isa: str, dtype: torch.dtype) -> None:
-    """Squares are exact in fp64, and n of them added in any order are off by at most n 2^-53, relatively."""
+    """Squares are exact in fp64, and n of them added in any order are off by at most n 2^-53, relatively.
+
+    16 squares of 2-byte elements are added in fp32 first: 15 roundings of 2^-24.
+    """
     torch.manual_seed(3)
     tensors = [_shifted(torch.randn(n).to(dtype), 1) for n in (*SIZES, 31, 33, 16384, 50_000)]
     expected = math.fsum(float(x) ** 2 for t in tensors for x in t.double())
     found = squared_norm(tensors, isa=_isa_or_skip(isa))
-    assert abs(found - expected) <= sum(t.numel() for t in tensors) * 2.0**-53 * expected
+    bound = sum(t.numel() for t in tensors) * 2.0**-53 + (15 * 2.0**-24 if dtype.itemsize == 2 else 0)
+    assert abs(found - expected) <= bound * expected
     assert found == squared_norm(tensors, isa="plain")
     assert squared_norm([], isa=isa) == 0.0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e19, 1e30])
+def test_squared_norm_of_bf16_leaves_the_range_of_fp32(cpu_part: Any, isa: str, size: float) -> None:
+    x = torch.full((20_000,), size, dtype=torch.bfloat16)
+    expected = 20_000 * float(x[0]) ** 2
+    assert squared_norm([x], isa=_isa_or_skip(isa)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_squared_norm_does_not_depend_on_threads(cpu_part: Any) -> None:
