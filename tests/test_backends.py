@@ -16,7 +16,7 @@ from megallm.model.fused import check_backends, fused_choices
 from megallm.ops import backends as backends_module
 from megallm.ops.activation import gated
 from megallm.ops.attention import rotary_attention
-from megallm.ops.backends import Backends, choose, refusal
+from megallm.ops.backends import Backends, Choice, choose, refusal
 from megallm.ops.backends import Case as Situation
 from megallm.ops.moe import grouped_linear, grouped_linear_reference
 from megallm.ops.norm import add_norm
@@ -27,6 +27,7 @@ from megallm.testing.pool import run_ranks
 from megallm.testing.tiny import tiny_config
 from megallm.testing.tolerances import assert_close
 from megallm.trainers.losses import language_model_loss
+from megallm_kernels.cpu_adamw import why_absent
 
 CPU = torch.device("cpu")
 FUSED = {op: "triton" for op in BACKENDS if op != "grouped_gemm"}
@@ -57,8 +58,17 @@ def test_a_wrong_flag_is_answered_in_words(items: list[str], message: str) -> No
 
 def test_without_a_gpu_torch_runs_and_says_why() -> None:
     for op in BACKENDS:
-        assert choose(situation(op)).name == "torch"
-        assert choose(situation(op)).reason == "on cpu"
+        if op != "adamw":
+            assert choose(situation(op)) == Choice(name="torch", reason="on cpu")
+
+
+def test_adamw_runs_in_c_plus_plus_where_that_was_built() -> None:
+    choice = choose(situation("adamw"))
+    assert choice.name == ("cpu" if why_absent() is None else "torch")
+    assert choice.reason in ("C++, avx512", "C++, avx2", "C++, plain", "on cpu")
+    assert choose(situation("adamw"), forced="torch").name == "torch"
+    gpu = Situation(op="adamw", device=torch.device("cuda"), dtype=torch.float32, size=0)
+    assert "with offload" in str(refusal(gpu, "cpu"))
 
 
 @pytest.mark.parametrize(

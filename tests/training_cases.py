@@ -18,7 +18,7 @@ import torch
 
 from megallm.config.model import ModelConfig
 from megallm.config.optim import OptimConfig
-from megallm.config.parallel import ParallelConfig, ScheduleName
+from megallm.config.parallel import Offload, ParallelConfig, ScheduleName
 from megallm.model.transformer import Recompute
 from megallm.parallel.mesh import Mesh
 from megallm.testing.tiny import tiny_config
@@ -69,6 +69,7 @@ class Case:
     zero: Literal[0, 1, 2, 3] = 0
     shard: int | None = None
     keep: bool = False
+    offload: Offload = "none"
 
     @property
     def world_size(self) -> int:
@@ -97,6 +98,7 @@ def make_engine(case: Case, **overrides: Any) -> Engine:
             sequence_parallel=case.sp,
             zero=case.zero,
             zero_keep=case.keep,
+            offload=case.offload,
             bucket_size=5000,  # several buckets a model
         ),
         "optim": OPTIM,

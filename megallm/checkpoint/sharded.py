@@ -29,7 +29,7 @@ from megallm.config.serialize import from_plain, to_plain
 from megallm.model.transformer import Transformer
 from megallm.optim.flat import FlatParameters
 from megallm.optim.layout import boxes
-from megallm.optim.optimizer import AdamW, StatePart
+from megallm.optim.optimizer import Optimizer, StatePart
 from megallm.parallel.collectives import barrier
 from megallm.parallel.layout import is_counted
 
@@ -51,7 +51,7 @@ class TrainState:
 def save(
     root: str | Path,
     model: Transformer,
-    optimizer: AdamW | None,
+    optimizer: Optimizer | None,
     state: TrainState,
     *,
     flat: FlatParameters | None = None,
@@ -82,7 +82,7 @@ def save(
         _save_part(partial / "optimizer", moments, model)
     barrier(mesh.world, mesh.device)
     if is_writer:
-        _write_json(partial / "state.json", vars(state) | {"optimizer_steps": _optimizer_steps(optimizer)})
+        _write_json(partial / "state.json", vars(state) | _scalars(optimizer))
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
@@ -94,7 +94,7 @@ def save(
 def load(
     directory: str | Path,
     model: Transformer,
-    optimizer: AdamW | None = None,
+    optimizer: Optimizer | None = None,
     *,
     flat: FlatParameters | None = None,
 ) -> TrainState:
@@ -125,6 +125,8 @@ def load(
             for each in _part_slices(model, parts, prefix=f"{kind}.", is_owner=False):
                 stored.fill(each)
         optimizer.set_num_steps(values["optimizer_steps"])
+        if optimizer.loss_scale is not None and "loss_scale" in values:
+            optimizer.loss_scale.load(values["loss_scale"])
         optimizer.publish()
     return TrainState(step=values["step"], consumed_samples=values["consumed_samples"], tokens=values["tokens"])
 
@@ -206,8 +208,11 @@ def _save_part(directory: Path, slices: list[TensorSlice], model: Transformer) -
     write_slices(directory, [each for each in slices if each.is_owner], rank=model.mesh.world.rank)
 
 
-def _optimizer_steps(optimizer: AdamW | None) -> float:
-    return 0.0 if optimizer is None else float(optimizer.num_steps)
+def _scalars(optimizer: Optimizer | None) -> dict[str, Any]:
+    if optimizer is None:
+        return {"optimizer_steps": 0.0}
+    scale = {} if optimizer.loss_scale is None else {"loss_scale": optimizer.loss_scale.state()}
+    return {"optimizer_steps": float(optimizer.num_steps)} | scale
 
 
 def _steps(root: Path) -> list[Path]:

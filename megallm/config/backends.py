@@ -14,7 +14,7 @@ BACKENDS: Mapping[str, tuple[str, ...]] = {
     "attention": ("torch", "triton", "flash-attn"),
     "cross_entropy": ("torch", "triton"),
     "linear_cross_entropy": ("torch", "triton"),
-    "adamw": ("torch", "triton", "cuda", "apex"),
+    "adamw": ("torch", "triton", "cuda", "apex", "cpu"),
     "grouped_gemm": ("torch", "triton"),
 }
 """`torch` comes first: it runs everywhere and is what the others are compared with."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved"]
+Offload = Literal["none", "optimizer", "optimizer+params"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class ParallelConfig:
     ranks."""
     zero_keep: bool = False
     """ZeRO 3: gathered parameters stay until the update, instead of being gathered for each pass of a layer."""
-    offload: Literal["none", "optimizer", "optimizer+params"] = "none"
+    offload: Offload = "none"
     """What lives in the host's memory: `optimizer` = its state and gradient sums, updated there by the CPU;
     `optimizer+params` = also parameters between their uses (ZeRO 3)."""
     bucket_size: int = 25_000_000

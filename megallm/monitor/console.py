@@ -14,8 +14,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-_SHOWN = ("step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_s", "step_time_s", "mfu", "memory_gib")
-"""Metrics with a column of their own, or (tokens, memory_gib) left to the file; any other is added at the end."""
+_SHOWN = ("step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_s", "step_time_s", "mfu", "memory_gib",
+          "clip_coefficient", "bad_steps")  # fmt: skip
+"""Metrics with a column of their own, or left to the file (tokens, memory, clipping, bad steps).
+
+Any other is added at the end."""
 
 
 class Console:
@@ -55,6 +58,10 @@ class Console:
     def validation(self, step: int, valid_loss: float) -> None:
         """Print the line of a validation, always."""
         self._print(validation_line(step, valid_loss, total_steps=self._total_steps))
+
+    def notice(self, text: str) -> None:
+        """Print a line of its own, always."""
+        self._print(text)
 
     def _is_due(self, step: int) -> bool:
         if self._last_printed is None or step >= self._total_steps:

@@ -41,11 +41,12 @@ def adamw_(
 ) -> None:
     """Updates params and both moments in place, one pass over memory; `steps` are counted up.
 
-    All lists hold flat fp32 (or fp64) tensors of equal lengths; gradients are divided by the 0-d tensor
-    `grad_divisor` on the way in, and are overwritten by the quotient. Where the 0-d `is_bad` is 1 nothing changes.
+    All lists hold flat fp32 (or fp64) tensors of equal lengths, grads also bf16; gradients are divided by the 0-d
+    tensor `grad_divisor` on the way in, and may be overwritten by the quotient. Where `is_bad` is 1 nothing changes.
     """
     if not params:
         return
+    grads = [g.to(p.dtype) for p, g in zip(params, grads, strict=True)]
     scale: torch.Tensor | None = grad_divisor.float()
     if params[0].dtype == torch.float64:  # the fused kernel's divisor is fp32: too coarse here
         torch._foreach_div_(grads, grad_divisor)

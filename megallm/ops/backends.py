@@ -1,7 +1,7 @@
 """Chooses, for each fused operation, the back end that runs it, and says why.
 
     forced (`--backend rms_norm=triton`)       that one, or an error if it cannot run
-    no GPU                                 torch
+    no GPU                                 torch; AdamW in C++ where that was built
     a GPU with measurements                the fastest of those that can run, from ops/measured.csv
     a GPU without                          torch: nothing is taken for faster before it was measured there
 
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from megallm.config.backends import BACKENDS, parse_backends
+from megallm_kernels.cpu_adamw import instruction_sets, why_absent
 
 FLASH_ATTENTION_2, FLASH_ATTENTION_4 = "flash_attn.flash_attn_interface", "flash_attn.cute"
 MEASURED = Path(__file__).with_name("measured.csv")
@@ -77,7 +78,7 @@ class Backends:
     def settle(self, case: Case, choice: Choice) -> None:
         """Remembers and announces a choice, for `pick` to find."""
         self._chosen[case.op, case.device, case.dtype, case.size] = choice.name
-        is_plain = case.device.type != "cuda" and not self.forced
+        is_plain = case.device.type != "cuda" and choice.name == "torch" and not self.forced
         self._say(f"{'every operation' if is_plain else case.op}: {choice.name} ({choice.reason})")
 
     def take(self, op: str, name: str, reason: str) -> str:
@@ -103,6 +104,8 @@ def choose(case: Case, forced: str | None = None) -> Choice:
             able = [name for name in BACKENDS[case.op] if refusal(case, name) is None]
             raise ValueError(f"{case.op}={forced} cannot run: {why_not}: use {case.op}={' or '.join(able)}")
         return Choice(name=forced, reason="asked for")
+    if case.op == "adamw" and _cpu_refusal(case) is None:
+        return Choice(name="cpu", reason=f"C++, {instruction_sets()[0]}")
     if case.device.type != "cuda":
         return Choice(name="torch", reason=f"on {case.device.type}")
     gpu = torch.cuda.get_device_name(case.device)
@@ -120,6 +123,8 @@ def refusal(case: Case, name: str) -> str | None:
         return None
     if name == "triton":
         return _triton_refusal(case)
+    if name == "cpu":
+        return _cpu_refusal(case)
     if case.device.type != "cuda":
         return "it needs a GPU"
     if case.dtype == torch.float64:
@@ -191,6 +196,12 @@ def _is_interpreting() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+def _cpu_refusal(case: Case) -> str | None:
+    if case.device.type != "cpu":
+        return "it works in the host's memory: with offload, or without a GPU"
+    return "it is for fp32" if case.dtype != torch.float32 else why_absent()
 
 
 def _compiled_refusal(device: torch.device) -> str | None:

@@ -8,11 +8,14 @@ modules nor autograd notice. The shard is kept apart then; else it is a part of 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
+from megallm.config.parallel import Offload
 from megallm.model.transformer import Transformer
+from megallm.optim.host import HostMemory
 from megallm.optim.layout import Bucket, Entry, Slot, overlap, plan_buckets
 from megallm.parallel.collectives import Pending, start_all_gather_into
 from megallm.parallel.mesh import Axis
@@ -22,7 +25,14 @@ class FlatBucket:
     """One bucket's parameters on this rank."""
 
     def __init__(
-        self, bucket: Bucket, parameters: dict[str, nn.Parameter], axis: Axis, *, is_sharded: bool, num_shards: int
+        self,
+        bucket: Bucket,
+        parameters: dict[str, nn.Parameter],
+        axis: Axis,
+        *,
+        is_sharded: bool,
+        num_shards: int,
+        host: HostMemory | None = None,
     ) -> None:
         """axis: the ranks that hold the shards. is_sharded: whether the whole is there at times only."""
         some = parameters[bucket.slots[0].name]
@@ -36,8 +46,13 @@ class FlatBucket:
             view = self.params[slot.start : slot.stop].view(parameter.shape)
             parameter.data = view.copy_(parameter.data) if parameter.data.untyped_storage().size() else view
         own = self.params[self.range[0] : self.range[1]]
-        self.shard = own.clone() if is_sharded else own
+        self.shard = own
         """What this rank keeps, in the model's dtype."""
+        if is_sharded:
+            is_hosted = host is not None and host.holds_params
+            self.shard = host.zeros(own.numel(), own.dtype).copy_(own) if is_hosted else own.clone()  # type: ignore[union-attr]
+        self._host = host
+        self._mark: Any = None
         self._pending: Pending | None = None
         self._is_present = True
         self.release()
@@ -57,11 +72,37 @@ class FlatBucket:
         """Begins to make the whole bucket of all ranks' shards. A collective over the shards' ranks."""
         if self.is_sharded:
             self._allocate()
-        self._pending = start_all_gather_into(self.params, self.shard, self._axis)
+        if self._host is None:
+            self._pending = start_all_gather_into(self.params, self.shard, self._axis)
+        else:
+            self._start_gather_behind(self._host)
         self._is_present = False
+
+    def _start_gather_behind(self, host: HostMemory) -> None:
+        with host.behind():
+            own = self.params[self.range[0] : self.range[1]]
+            if host.holds_params:
+                host.fetch_(own, self.shard)
+            self._pending = start_all_gather_into(self.params, own if host.holds_params else self.shard, self._axis)
+            self._mark = host.mark()
+
+    def receive(self, values: torch.Tensor) -> None:
+        """New values of the shard, from the host's memory: on their way to where the shard is."""
+        assert self._host is not None
+        if self._host.holds_params:
+            if values is not self.shard:
+                self.shard.copy_(values)
+            return
+        with self._host.behind():
+            self._host.fetch_(self.shard, values)
+            self._mark = self._host.mark()
 
     def wait(self) -> None:
         """Returns when the whole is there (on a GPU: when the current stream will find it there)."""
+        if self._mark is not None:
+            assert self._host is not None
+            self._host.wait(self._mark)
+            self._mark = None
         if self._pending is not None:
             self._pending.wait()
             self._pending, self._is_present = None, True
@@ -101,12 +142,18 @@ class FlatBucket:
 class FlatParameters:
     """All buckets of a model, in the reverse of the order of use."""
 
-    def __init__(self, model: Transformer, *, bucket_size: int, zero: int) -> None:
+    def __init__(self, model: Transformer, *, bucket_size: int, zero: int, offload: Offload = "none") -> None:
         """zero: the ZeRO stage; buckets are cut in shards from 1 on, and freed between uses at 3."""
         axis = model.mesh.shard
         self.model = model
-        self.zero = zero if axis.size > 1 else min(zero, 1)
-        """The stage; of one rank's shards, which are wholes, 1 at most."""
+        most = 3 if axis.size > 1 else {"none": 1, "optimizer": 2, "optimizer+params": 3}[offload]
+        self.zero = min(zero, most)
+        """The stage: of one rank's shards, which are wholes, as far as it sends them to the host."""
+        self.host: HostMemory | None = None
+        """Where optimizer state and sums of gradients live, and perhaps parameters; None = on the device."""
+        if offload != "none":
+            holds_params = offload == "optimizer+params"
+            self.host = HostMemory(model.mesh.device, model.mesh.recorder, holds_params=holds_params)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         names = {p: name for name, p in self.parameters.items()}
         self.units = {
@@ -118,7 +165,9 @@ class FlatParameters:
         num_shards = axis.size if zero > 0 else 1
         plan = plan_buckets(self._entries(), bucket_size=bucket_size, num_shards=num_shards, by_unit=self.zero == 3)
         self.buckets = [
-            FlatBucket(bucket, self.parameters, axis, is_sharded=self.zero == 3, num_shards=num_shards)
+            FlatBucket(
+                bucket, self.parameters, axis, is_sharded=self.zero == 3, num_shards=num_shards, host=self.host
+            )
             for bucket in plan
         ]
 

@@ -6,6 +6,8 @@
     2, 3   shard; whole while a backward         of a microbatch: reduce-scatter, added to the shard;
            fills it                              then the whole is freed
 
+With offload the shard is in the host's memory: sums are copied (or added) there as soon as they are complete.
+
 The life of a step:
     1. every parameter's sink writes the first contribution to its bucket and adds the others (`GradSink`);
     2. complete buckets are reduced as the table says, one or two at a time, behind backward;
@@ -23,11 +25,12 @@ import torch
 
 from megallm.model.transformer import Transformer
 from megallm.optim.flat import FlatBucket, FlatParameters
+from megallm.optim.host import HostMemory
 from megallm.optim.layout import overlap
 from megallm.parallel.collectives import Pending, all_reduce_, start_all_reduce_, start_reduce_scatter_
 from megallm.parallel.grad_sink import GradSink, SinkLayer
 from megallm.parallel.layout import Piece, is_counted
-from megallm.parallel.mesh import Mesh
+from megallm.parallel.mesh import Axis, Mesh
 
 _IN_FLIGHT = 2
 """Reductions under way at a time; each holds a whole bucket at stages 2 and 3."""
@@ -37,7 +40,14 @@ class GradBucket:
     """One bucket's gradients on this rank."""
 
     def __init__(
-        self, flat: FlatBucket, shapes: list[torch.Size], mesh: Mesh, dtype: torch.dtype, *, zero: int
+        self,
+        flat: FlatBucket,
+        shapes: list[torch.Size],
+        mesh: Mesh,
+        dtype: torch.dtype,
+        *,
+        zero: int,
+        host: HostMemory | None,
     ) -> None:
         self.flat, self._mesh, self._zero = flat, mesh, zero
         numel, device = flat.bucket.numel, flat.params.device
@@ -45,9 +55,12 @@ class GradBucket:
         self.whole = torch.zeros(numel, dtype=dtype, device=device)
         """What backward fills; at stages 2 and 3 without memory between a reduction and the next contribution."""
         own = self.whole[flat.range[0] : flat.range[1]]
-        self.shard = torch.zeros_like(own) if zero >= 2 else own
+        self._host = host
+        self.shard = host.zeros(own.numel(), dtype) if host else torch.zeros_like(own) if zero >= 2 else own
         """The sums this rank's optimizer reads, once the step's reductions are done."""
         slots = zip(flat.bucket.slots, shapes, strict=True)
+        self.own = own
+        """The whole's part that is this rank's."""
         self.views = [self.whole[slot.start : slot.stop].view(shape) for slot, shape in slots]
         """The whole's parts in the parameters' shapes."""
         self._pending: Pending | None = None
@@ -78,10 +91,21 @@ class GradBucket:
             return
         part = self._pending.wait()
         self._pending = None
-        if self._is_transient:
+        if self._host is not None:
+            with self._host.behind():
+                self._host.store_(self.shard, self.own, add=self._has_sum)
+        elif self._is_transient:
             self.shard.add_(part) if self._has_sum else self.shard.copy_(part)
+        if self._is_transient:
             self.whole.untyped_storage().resize_(0)
         self._has_sum = True
+
+    def start_sum_over(self, axis: Axis) -> Pending:
+        """Begins to add what the other ranks of an axis hold of this shard. A collective."""
+        if axis.size > 1 and self.shard.device != self.whole.device:
+            moved = self.shard.to(self.whole.device)
+            return Pending(self.shard.copy_(all_reduce_(moved, axis)), None)
+        return start_all_reduce_(self.shard, axis)
 
 
 class Gradients:
@@ -91,11 +115,12 @@ class Gradients:
         """dtype: of the sums; fp32 unless the model is fp64."""
         model, self._zero = flat.model, flat.zero
         self._flat, self._model, self._mesh = flat, model, model.mesh
+        self._counted: tuple[list[str], list[torch.Tensor]] | None = None
         wide = torch.float64 if model.dtype == torch.float64 else torch.float32
         self.buckets = []
         for each in flat.buckets:
             shapes = [flat.parameters[slot.name].shape for slot in each.bucket.slots]
-            self.buckets.append(GradBucket(each, shapes, model.mesh, dtype or wide, zero=flat.zero))
+            self.buckets.append(GradBucket(each, shapes, model.mesh, dtype or wide, zero=flat.zero, host=flat.host))
         self._sinks: dict[str, GradSink] = {}
         self._uses = _count_uses(model)
         self._unready: list[int] = [0] * len(self.buckets)
@@ -106,8 +131,13 @@ class Gradients:
             for slot, view in zip(bucket.flat.bucket.slots, bucket.views, strict=True):
                 self._sinks[slot.name] = GradSink(view, lambda index=index: self._ready(index), on_first)  # type: ignore[misc]
         self._shared = _SharedSlices(flat, self.buckets)
-        self._tied = [b.shard for b in self.buckets if model.specs[b.flat.bucket.slots[0].name].tied]
+        self._tied = [b for b in self.buckets if model.specs[b.flat.bucket.slots[0].name].tied]
         self._attach(model)
+
+    @property
+    def host(self) -> HostMemory | None:
+        """Where the shards are, unless they are on the device."""
+        return self._flat.host
 
     @property
     def is_sharded(self) -> bool:
@@ -133,25 +163,29 @@ class Gradients:
                 self._rounds[index] = 0
         while self._in_flight:
             self.buckets[self._in_flight.popleft()].settle()
+        if self._flat.host is not None:
+            self._flat.host.synchronize()
         if self._zero > 0:
-            sums = [start_all_reduce_(bucket.shard, self._mesh.replicate) for bucket in self.buckets]
+            sums = [bucket.start_sum_over(self._mesh.replicate) for bucket in self.buckets]
             for each in sums:
                 each.wait()
         self._shared.sum_over_tp()
-        for shard in self._tied:
-            all_reduce_(shard, self._mesh.embedding)
+        for bucket in self._tied:
+            bucket.start_sum_over(self._mesh.embedding).wait()
 
     def named(self) -> dict[str, torch.Tensor]:
         """Every local parameter's gradient, views; complete at ZeRO stage 0 only."""
         return {name: sink.buffer for name, sink in self._sinks.items()}
 
-    def counted_slices(self) -> list[torch.Tensor]:
-        """Flat views that together hold every global gradient element exactly once over (tp, pp, shards)."""
-        slices = []
-        for bucket in self.buckets:
-            for start, stop in _merge(self._counted_ranges(bucket.flat)):
-                slices.append(bucket.shard[start:stop])
-        return slices
+    def counted(self) -> tuple[list[str], list[torch.Tensor]]:
+        """Names, and flat views that hold every global gradient element exactly once over (tp, pp, shards).
+
+        In the order in which backward makes them, more or less: buckets are.
+        """
+        if self._counted is None:
+            found = [(name, b.shard[start:stop]) for b in self.buckets for name, start, stop in self._ranges(b.flat)]
+            self._counted = [name for name, _ in found], [view for _, view in found]
+        return self._counted
 
     def _attach(self, model: Transformer) -> None:
         """Gives layers their sinks; parameters without a layer that feeds them get a hook."""
@@ -187,8 +221,8 @@ class Gradients:
         if len(self._in_flight) > _IN_FLIGHT:
             self.buckets[self._in_flight.popleft()].settle()
 
-    def _counted_ranges(self, flat: FlatBucket) -> list[tuple[int, int]]:
-        """Of the shard."""
+    def _ranges(self, flat: FlatBucket) -> list[tuple[str, int, int]]:
+        """(global name, start, stop) of what counts in the shard."""
         ranges = []
         for slot in flat.bucket.slots:
             spec, shape = self._model.specs[slot.name], self._flat.parameters[slot.name].shape
@@ -197,8 +231,9 @@ class Gradients:
                 if is_counted(spec, piece, tp=self._mesh.tp, is_second_copy=second):
                     first, last = _flat_range(piece, shape)
                     start, stop = overlap((slot.start + first, slot.start + last), flat.range)
-                    ranges.append((start - flat.range[0], stop - flat.range[0]))
-        return [(start, stop) for start, stop in ranges if start < stop]
+                    if start < stop:
+                        ranges.append((piece.name, start - flat.range[0], stop - flat.range[0]))
+        return ranges
 
 
 class _SharedSlices:
@@ -221,7 +256,7 @@ class _SharedSlices:
                     owner = 0 if spec.tp_replicated else self._tp.rank // piece.replicas
                     self._slices.append((view, total + owner * view.numel()))
                     total += view.numel() * (1 if spec.tp_replicated else self._tp.size // piece.replicas)
-        self._buffer = buckets[0].shard.new_zeros(total) if total else None
+        self._buffer = buckets[0].whole.new_zeros(total) if total else None
 
     def sum_over_tp(self) -> None:
         """A collective over tp."""
@@ -262,12 +297,3 @@ def _feeder(sink: GradSink):  # type: ignore[no-untyped-def]
 
     return feed
 
-
-def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], stop)
-        else:
-            merged.append((start, stop))
-    return merged

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megallm.model.presence import Presence
-from megallm.optim.flat import FlatParameters
+from megallm.optim.flat import FlatBucket, FlatParameters
 
 
 class Residency(Presence):
@@ -68,11 +68,10 @@ class Residency(Presence):
         for flat in self._buckets:
             flat.release()
 
-    def finish_update(self) -> None:
-        """Shards have new values: what stays in memory is gathered, in the order of use."""
+    def updated(self, flat: FlatBucket) -> None:
+        """The bucket's shard has new values: what stays in memory is gathered."""
         if self._zero in (1, 2):
-            for flat in reversed(self._buckets):
-                flat.start_gather()
+            flat.start_gather()
 
     @contextmanager
     def hold(self) -> Iterator[None]:

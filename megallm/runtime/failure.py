@@ -45,6 +45,10 @@ _PEER_LOST = (
 )
 
 
+class RunStopped(RuntimeError):
+    """A run cannot go on, on any rank; the message says all there is to say, so it is shown without a traceback."""
+
+
 def end_usage_error(info: LaunchInfo, error: ValueError) -> NoReturn:
     """The node's first rank speaks; the others leave with 0 once it did, so that torchrun's report names one rank."""
     message = " ".join(str(error).split())
@@ -68,8 +72,10 @@ def end_failure(info: LaunchInfo, error: Exception) -> NoReturn:
     if not _claim(info):
         _wait_to_be_ended(info)
         _leave(info, 1)
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip("\n")
     prefix = f"[rank {info.rank}] " if info.world_size > 1 else ""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip("\n")
+    if isinstance(error, RunStopped):
+        prefix, text = "error: ", str(error)
     _say("".join(f"{prefix}{line}\n" for line in text.split("\n")))
     if info.error_file is not None:
         cause = f"{type(error).__name__}: {error}"

@@ -29,9 +29,11 @@ from megallm.generate.sampling import Sampling
 from megallm.model.fused import check_backends
 from megallm.model.transformer import Recompute, Transformer
 from megallm.ops.backends import DEFAULT, Backends
+from megallm.optim.adamw import AdamW
 from megallm.optim.flat import FlatParameters
 from megallm.optim.gradients import Gradients
-from megallm.optim.optimizer import AdamW
+from megallm.optim.loss_scale import LossScale
+from megallm.optim.optimizer import Optimizer
 from megallm.optim.residency import Residency
 from megallm.parallel.collectives import all_reduce_
 from megallm.parallel.mesh import Mesh
@@ -44,6 +46,7 @@ from megallm.trainers.losses import Batch, LossFunction, count_labels
 from megallm.trainers.step import StepResult, dropout_key, split_batch, train_step
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GRAD_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Engine:
@@ -88,17 +91,21 @@ class Engine:
             allocate=not (train or parallel.zero == 3),
         )
         self.gradients: Gradients | None = None
-        self.optimizer: AdamW | None = None
+        self.optimizer: Optimizer | None = None
         self.flat: FlatParameters | None = None
         self._residency: Residency | None = None
         if train or parallel.zero == 3:
-            self.flat = FlatParameters(self.model, bucket_size=parallel.bucket_size, zero=parallel.zero)
+            self.flat = FlatParameters(
+                self.model, bucket_size=parallel.bucket_size, zero=parallel.zero, offload=parallel.offload
+            )
             for names in self.flat.refill():
                 self.model.initialize(seed, names=names)
             self._residency = Residency(self.flat, keep=parallel.zero_keep)
             if train:
-                self.gradients = Gradients(self.flat)
+                self.gradients = Gradients(self.flat, dtype=GRAD_DTYPES[numerics.grad_dtype])
                 self.optimizer = AdamW(self.gradients, self._residency, self.optim, backends=backends)
+                if numerics.precision == "fp16":
+                    self.optimizer.loss_scale = LossScale(numerics, mesh.device)
         else:
             self.model.initialize(seed)
         self.step = 0

@@ -22,6 +22,7 @@ from megallm.monitor.console import Console
 from megallm.monitor.metrics import MetricsWriter
 from megallm.monitor.throughput import Throughput, memory_gib
 from megallm.optim.lr_schedule import learning_rate_at
+from megallm.trainers.bad_steps import BadSteps
 from megallm.trainers.engine import Engine
 from megallm.trainers.losses import Batch, LossFunction
 from megallm.trainers.step import StepResult
@@ -89,6 +90,7 @@ class _Loop:
         if is_writer:
             self._console = Console(total_steps=run.train.steps, log_every=run.train.log_every, min_interval_s=0.5)
         self._throughput = _throughput(engine, run)
+        self._bad_steps = BadSteps(most_in_a_row=run.numerics.max_bad_steps)
 
     def after_step(self, result: StepResult, learning_rate: float) -> None:
         """Counts the step; logs, validates and saves when due."""
@@ -117,6 +119,9 @@ class _Loop:
         for step, learning_rate, result in self._pending:
             values = result.metrics()
             trained += int(values.pop("tokens"))
+            notice = self._bad_steps.look(step, result, values)
+            if notice and self._console is not None:
+                self._console.notice(notice)
             lines.append(
                 {"step": step, **values, "learning_rate": learning_rate, "tokens": self.state.tokens + trained}
             )
@@ -129,13 +134,14 @@ class _Loop:
         self._pending = []
         for line in lines:
             line |= {"step_time_s": lap.step_time_s, "tokens_per_s": lap.tokens_per_s, "mfu": lap.mfu}
-            line["memory_gib"] = memory
+            line |= {"memory_gib": memory, "bad_steps": self._bad_steps.total}
             if valid_loss is not None and line["step"] == self.state.step:
                 line["valid_loss"] = valid_loss
             if self._writer is not None:
                 self._writer.write(line)
             if self._console is not None:
                 self._console.step(line, eta_s=eta)
+        self._bad_steps.check(self.state.step)
         if valid_loss is not None and self._console is not None:
             self._console.validation(self.state.step, valid_loss)
 

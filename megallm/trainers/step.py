@@ -11,16 +11,16 @@ Nothing waits for the device; `StepResult.metrics()` does, when somebody wants t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from megallm.model.context import Dropout, TokenContext
 from megallm.model.transformer import Transformer
-from megallm.optim.clip import clip_divisor, global_norm
+from megallm.optim.clip import GradientNorm, clip_divisor, global_norm
 from megallm.optim.gradients import Gradients
-from megallm.optim.optimizer import AdamW
+from megallm.optim.optimizer import Optimizer
 from megallm.parallel import random
 from megallm.parallel.collectives import all_reduce_, broadcast_text
 from megallm.parallel.logprobs import VocabLogits
@@ -40,8 +40,12 @@ class StepResult:
     """0-d sums of the loss function's own metrics, likewise divided."""
     num_tokens: torch.Tensor
     """0-d: trained tokens of the step over all ranks."""
-    grad_norm: torch.Tensor
-    """0-d: global gradient norm before clipping."""
+    grad_norm: GradientNorm
+    """Global gradient norm before clipping."""
+    clip_coefficient: torch.Tensor
+    """0-d: what gradients were multiplied by, 1 where they were not clipped."""
+    loss_scale: torch.Tensor | None
+    """0-d: what the losses were multiplied by; of fp16 runs."""
     mesh: Mesh
     last_stage_rank: int
     """Pipeline rank of the last stage."""
@@ -56,13 +60,15 @@ class StepResult:
         values = torch.stack([sums[n].double() if n in sums else zero for n in names])
         values = all_reduce_(all_reduce_(values, self.mesh.dp), self.mesh.pp)
         result = dict(zip(names, values.tolist(), strict=True))
-        return result | {"grad_norm": float(self.grad_norm), "tokens": float(self.num_tokens)}
+        result |= {"grad_norm": float(self.grad_norm.value), "clip_coefficient": float(self.clip_coefficient)}
+        result["tokens"] = float(self.num_tokens)
+        return result if self.loss_scale is None else result | {"loss_scale": float(self.loss_scale)}
 
 
 def train_step(
     model: Transformer,
     gradients: Gradients,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     batch: Batch,
     loss_fn: LossFunction,
     *,
@@ -77,27 +83,44 @@ def train_step(
     microbatches = split_batch(batch, schedule.num_microbatches, mesh=mesh, dropout_key=dropout_key)
     num_tokens = all_reduce_(count_fn(batch).to(mesh.device).clone(), mesh.dp)
     scale = 1.0 / num_tokens.clamp(min=1).to(torch.float64 if model.dtype == torch.float64 else torch.float32)
+    loss_scale = None if optimizer.loss_scale is None else optimizer.loss_scale.value.clone()
+    backward_scale = scale if loss_scale is None else scale * loss_scale
     sums: dict[str, torch.Tensor] = {}
 
     def scaled_loss(output: Any, microbatch: Microbatch) -> torch.Tensor:
         if isinstance(output, VocabLogits):
-            output.expected_scale = scale
+            output.expected_scale = backward_scale
         loss_sum, _, metrics = loss_fn(output, microbatch.batch)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value.detach() * scale
-        return loss_sum * scale
+        return loss_sum * backward_scale
 
     gradients.start(len(microbatches))
     losses = run_schedule(model, schedule, microbatches, scaled_loss, train=True)
     gradients.finish()
-    grad_norm = global_norm(gradients.counted_slices(), mesh, is_sharded=gradients.is_sharded)
+    norm = global_norm(*gradients.counted(), mesh, is_sharded=gradients.is_sharded)
+    is_bad = 1.0 - torch.isfinite(norm.value).float()
+    if loss_scale is not None:
+        norm = replace(norm, value=norm.value / loss_scale)
+    divisor = clip_divisor(norm.value, max_grad_norm)
     optimizer.step(
         learning_rate=learning_rate,
-        grad_divisor=clip_divisor(grad_norm, max_grad_norm),
-        is_bad=1.0 - torch.isfinite(grad_norm).float(),
+        grad_divisor=divisor if loss_scale is None else divisor * loss_scale,
+        is_bad=is_bad,
     )
+    if optimizer.loss_scale is not None:
+        optimizer.loss_scale.update_(is_bad)
     loss_sum = torch.stack(losses).sum() if losses else torch.zeros((), device=mesh.device)
-    return StepResult(loss_sum, sums, num_tokens, grad_norm, mesh, schedule.stage_to_rank[-1])
+    return StepResult(
+        loss_sum=loss_sum if loss_scale is None else loss_sum / loss_scale,
+        sums=sums,
+        num_tokens=num_tokens,
+        grad_norm=norm,
+        clip_coefficient=1.0 / divisor,
+        loss_scale=loss_scale,
+        mesh=mesh,
+        last_stage_rank=schedule.stage_to_rank[-1],
+    )
 
 
 def split_batch(

@@ -1,0 +1,39 @@
+"""Steps whose gradients are not finite: skipped by all ranks alike, counted, named, in the end a reason to stop."""
+
+from __future__ import annotations
+
+import math
+
+from megallm.runtime.failure import RunStopped
+from megallm.trainers.step import StepResult
+
+
+class BadSteps:
+    """Counts them as their results are read."""
+
+    def __init__(self, *, most_in_a_row: int) -> None:
+        """most_in_a_row: RunStopped at so many; 0 = never."""
+        self.total, self._in_a_row, self._most = 0, 0, most_in_a_row
+
+    def look(self, step: int, result: StepResult, metrics: dict[str, float]) -> str:
+        """A line about a bad step, or "". `metrics`: the result's. A collective after a bad step."""
+        if math.isfinite(metrics["grad_norm"]):
+            self._in_a_row = 0
+            return ""
+        self.total += 1
+        self._in_a_row += 1
+        of = f" of at most {self._most}" if self._most else ""
+        scale = f", loss scale {metrics['loss_scale']:g}" if "loss_scale" in metrics else ""
+        return (
+            f"step {step} changed nothing: its gradients are not finite (first in backward: "
+            f"{result.grad_norm.first_bad()}{scale}; {self._in_a_row}{of} in a row)"
+        )
+
+    def check(self, step: int) -> None:
+        """RunStopped if there were too many in a row."""
+        if self._most and self._in_a_row >= self._most:
+            raise RunStopped(
+                f"stopped at step {step}: the gradients of {self._in_a_row} steps in a row were not finite "
+                "(max_bad_steps); lower the learning rate, look at the data of these steps, or resume from an earlier "
+                "checkpoint"
+            )
