@@ -36,6 +36,10 @@ RESUMES = [
     Case(model=UNTIED, precision="bf16", dp=2, zero=3),
     Case(model=TIED, precision="fp32", pp=2, dp=2, zero=3),
     Case(model=QWEN2, precision="bf16", dp=4, zero=2, shard=2, mbs=2),
+    Case(model=UNTIED, precision="fp16"),
+    Case(model=TIED, precision="fp16", dp=2, zero=2),
+    Case(model=UNTIED, precision="fp32", dp=2, zero=1, offload="optimizer"),
+    Case(model=TIED, precision="bf16", dp=2, zero=3, offload="optimizer+params"),
 ]
 RESHARDS = [
     (Case(model=TIED, tp=2, pp=2), Case(model=TIED, pp=2, v=2, dp=2, mbs=2)),
@@ -50,6 +54,8 @@ RESHARDS = [
     (Case(model=QWEN2, pp=2, dp=2, v=2, mbs=2, zero=1), Case(model=QWEN2, dp=4, mbs=2, zero=3)),
     (Case(model=TIED, tp=2, pp=2), Case(model=TIED, tp=2, dp=2, zero=3)),
     (Case(model=UNTIED, dp=4, mbs=2, zero=2, shard=2), Case(model=UNTIED, pp=2, dp=2, zero=2)),
+    (Case(model=TIED, dp=4, mbs=2, zero=3, offload="optimizer+params"), Case(model=TIED, tp=2, dp=2, zero=1)),
+    (Case(model=QWEN2, pp=2, dp=2, mbs=2), Case(model=QWEN2, tp=2, dp=2, zero=2, offload="optimizer")),
 ]
 EVERY_PAIR = pytest.mark.parametrize(
     "number", range(len(RESHARDS)), ids=lambda n: f"{RESHARDS[n][0].name}-to-{RESHARDS[n][1].name}"

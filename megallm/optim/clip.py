@@ -14,6 +14,20 @@ from megallm.parallel.collectives import all_reduce_, broadcast_text
 from megallm.parallel.mesh import Mesh
 from megallm_kernels.cpu_adamw import squared_norm
 
+_STAGE, _NOWHERE = 1 << 32, 1 << 62
+
+
+@dataclass(frozen=True)
+class GradientSlice:
+    """A part of one global gradient that counts in the norm."""
+
+    name: str
+    """The parameter's global name."""
+    place: int
+    """Its place among the rank's parameters, in the order of backward, more or less."""
+    data: torch.Tensor
+    """Flat."""
+
 
 @dataclass(frozen=True)
 class GradientNorm:
@@ -21,34 +35,35 @@ class GradientNorm:
 
     value: torch.Tensor
     """0-d fp64."""
-    names: list[str]
-    """Of this rank's slices [n]."""
+    slices: list[GradientSlice]
+    """This rank's [n]."""
     parts: torch.Tensor | None
     """[n]: norms of the slices; None where all are known to be finite."""
     mesh: Mesh
 
     def first_bad(self) -> str:
         """The parameter whose gradient was the first in backward not to be finite. A collective with a host sync."""
-        own = ""
-        if self.parts is not None:
-            bad = (~torch.isfinite(self.parts)).nonzero()
-            own = self.names[int(bad[0])] if len(bad) else ""
-        # Ranks of later stages come later, and backward begins there.
-        world = self.mesh.world
-        last = torch.tensor(world.rank if own else -1, device=self.mesh.device)
-        src = int(all_reduce_(last, world, op="max"))
-        return broadcast_text(own, world, self.mesh.device, src=src) if src >= 0 else "a sum of finite gradients"
+        own, key, world = "", _NOWHERE, self.mesh.world
+        bad = () if self.parts is None else (~torch.isfinite(self.parts)).nonzero().flatten().tolist()
+        if bad:
+            first = min((self.slices[i] for i in bad), key=lambda each: each.place)
+            own, key = first.name, first.place - _STAGE * self.mesh.pp.rank  # backward begins on the last stage
+        least = int(all_reduce_(torch.tensor(key, device=self.mesh.device), world, op="min"))
+        if least == _NOWHERE:
+            return "only a sum of finite gradients"
+        holder = torch.tensor(world.rank if key == least else world.size, device=self.mesh.device)
+        return broadcast_text(own, world, self.mesh.device, src=int(all_reduce_(holder, world, op="min")))
 
 
-def global_norm(names: list[str], slices: list[torch.Tensor], mesh: Mesh, *, is_sharded: bool) -> GradientNorm:
+def global_norm(slices: list[GradientSlice], mesh: Mesh, *, is_sharded: bool) -> GradientNorm:
     """The 2-norm over all slices of all (tp, pp) ranks, and of all shards where there are any.
 
     A collective of two or three 1-element all-reduces.
     """
-    square, parts = _own_square(slices, mesh)
+    square, parts = _own_square([each.data for each in slices], mesh)
     if is_sharded:
         square = all_reduce_(square, mesh.shard)
-    return GradientNorm(all_reduce_(all_reduce_(square, mesh.tp), mesh.pp).sqrt_(), names, parts, mesh)
+    return GradientNorm(all_reduce_(all_reduce_(square, mesh.tp), mesh.pp).sqrt_(), slices, parts, mesh)
 
 
 def clip_divisor(norm: torch.Tensor, max_grad_norm: float) -> torch.Tensor:

@@ -24,6 +24,7 @@ from collections import deque
 import torch
 
 from megallm.model.transformer import Transformer
+from megallm.optim.clip import GradientSlice
 from megallm.optim.flat import FlatBucket, FlatParameters
 from megallm.optim.host import HostMemory
 from megallm.optim.layout import overlap
@@ -115,7 +116,7 @@ class Gradients:
         """dtype: of the sums; fp32 unless the model is fp64."""
         model, self._zero = flat.model, flat.zero
         self._flat, self._model, self._mesh = flat, model, model.mesh
-        self._counted: tuple[list[str], list[torch.Tensor]] | None = None
+        self._counted: list[GradientSlice] = []
         wide = torch.float64 if model.dtype == torch.float64 else torch.float32
         self.buckets = []
         for each in flat.buckets:
@@ -177,14 +178,11 @@ class Gradients:
         """Every local parameter's gradient, views; complete at ZeRO stage 0 only."""
         return {name: sink.buffer for name, sink in self._sinks.items()}
 
-    def counted(self) -> tuple[list[str], list[torch.Tensor]]:
-        """Names, and flat views that hold every global gradient element exactly once over (tp, pp, shards).
-
-        In the order in which backward makes them, more or less: buckets are.
-        """
-        if self._counted is None:
-            found = [(name, b.shard[start:stop]) for b in self.buckets for name, start, stop in self._ranges(b.flat)]
-            self._counted = [name for name, _ in found], [view for _, view in found]
+    def counted(self) -> list[GradientSlice]:
+        """Flat views that together hold every global gradient element exactly once over (tp, pp, shards)."""
+        if not self._counted:
+            for bucket in self.buckets:
+                self._counted += self._slices(bucket)
         return self._counted
 
     def _attach(self, model: Transformer) -> None:
@@ -221,10 +219,10 @@ class Gradients:
         if len(self._in_flight) > _IN_FLIGHT:
             self.buckets[self._in_flight.popleft()].settle()
 
-    def _ranges(self, flat: FlatBucket) -> list[tuple[str, int, int]]:
-        """(global name, start, stop) of what counts in the shard."""
-        ranges = []
-        for slot in flat.bucket.slots:
+    def _slices(self, bucket: GradBucket) -> list[GradientSlice]:
+        flat, slices = bucket.flat, []
+        before = sum(len(b.flat.bucket.slots) for b in self.buckets[: self.buckets.index(bucket)])
+        for place, slot in enumerate(flat.bucket.slots, start=before):
             spec, shape = self._model.specs[slot.name], self._flat.parameters[slot.name].shape
             for piece in spec.pieces:
                 second = self._model.is_second_copy(slot.name)
@@ -232,8 +230,9 @@ class Gradients:
                     first, last = _flat_range(piece, shape)
                     start, stop = overlap((slot.start + first, slot.start + last), flat.range)
                     if start < stop:
-                        ranges.append((piece.name, start - flat.range[0], stop - flat.range[0]))
-        return ranges
+                        view = bucket.shard[start - flat.range[0] : stop - flat.range[0]]
+                        slices.append(GradientSlice(piece.name, place, view))
+        return slices
 
 
 class _SharedSlices:

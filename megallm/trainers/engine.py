@@ -76,6 +76,8 @@ class Engine:
         numerics = NumericsConfig(precision=precision) if isinstance(precision, str) else precision
         dtype = DTYPES[numerics.precision]
         self.config, self.mesh, self.optim = config, mesh, optim if optim is not None else OptimConfig()
+        if mesh.device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if numerics.tf32 else "highest")
         check_backends(backends, config, tp=mesh.tp.size, device=mesh.device, dtype=dtype)
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self._virtual_stages, self._schedule_name = parallel.virtual_stages, parallel.schedule

@@ -98,7 +98,7 @@ def train_step(
     gradients.start(len(microbatches))
     losses = run_schedule(model, schedule, microbatches, scaled_loss, train=True)
     gradients.finish()
-    norm = global_norm(*gradients.counted(), mesh, is_sharded=gradients.is_sharded)
+    norm = global_norm(gradients.counted(), mesh, is_sharded=gradients.is_sharded)
     is_bad = 1.0 - torch.isfinite(norm.value).float()
     if loss_scale is not None:
         norm = replace(norm, value=norm.value / loss_scale)
