@@ -127,6 +127,8 @@ def load(
         optimizer.set_num_steps(values["optimizer_steps"])
         if optimizer.loss_scale is not None and "loss_scale" in values:
             optimizer.loss_scale.load(values["loss_scale"])
+        if "master" not in optimizer.state():
+            optimizer.refresh_master()
         optimizer.publish()
     return TrainState(step=values["step"], consumed_samples=values["consumed_samples"], tokens=values["tokens"])
 

@@ -50,8 +50,9 @@ class Optimizer:
         raise NotImplementedError
 
     def state(self) -> dict[str, list[StatePart]]:
-        """{`exp_avg` | `master` | ...: what this rank's shards hold of it}."""
-        return {"master": self._state_parts(self.master)} if self._has_master else {}
+        """{`exp_avg` | `master` | ...: what this rank's shards hold of it}; no masters that equal the parameters."""
+        is_more_precise = any(f.shard.dtype != self._wide for f in self._flats)
+        return {"master": self._state_parts(self.master)} if is_more_precise else {}
 
     @property
     def num_steps(self) -> torch.Tensor:
