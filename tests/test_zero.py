@@ -157,7 +157,11 @@ def bytes_behind(tensors: list[torch.Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().size() for t in tensors}.values())
 
 
-HELD = [Case(model=UNTIED, zero=z, dp=4, mbs=1, precision="bf16") for z in (0, 1, 2, 3)]
+HELD = [
+    Case(model=UNTIED, zero=z, dp=4, mbs=1, precision="bf16", grads=grads)
+    for z in (0, 1, 2, 3)
+    for grads in (None, "bf16")
+]
 
 
 @once
@@ -167,10 +171,12 @@ def held() -> list[dict[str, dict[str, int]]]:
 
 @pytest.mark.parametrize("case", HELD, ids=lambda case: case.name)
 def test_memory_is_the_paper_s(case: Case) -> None:
-    """bf16 parameters, fp32 sums of gradients, fp32 masters and moments; what is sharded, divided by 4."""
+    """bf16 parameters, fp32 or bf16 sums of gradients, fp32 masters and moments; what is sharded, divided by 4."""
     for rank in held():
         found = rank[case.name]
-        planned = state_bytes(found["numel"], zero=case.zero, num_shards=4)
+        planned = state_bytes(
+            found["numel"], zero=case.zero, num_shards=4, gradient_bytes=2 if case.grads == "bf16" else 4
+        )
         for name in ("parameters", "gradients", "optimizer"):
             assert getattr(planned, name) <= found[name] <= 1.02 * getattr(planned, name), name
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from megallm.config.model import ModelConfig
+from megallm.config.numerics import NumericsConfig, Precision
 from megallm.config.optim import OptimConfig
 from megallm.config.parallel import Offload, ParallelConfig, ScheduleName
 from megallm.model.transformer import Recompute
@@ -65,11 +66,12 @@ class Case:
     schedule: ScheduleName | None = None
     mbs: int = 4
     recompute: Recompute = "none"
-    precision: str = "fp64"
+    precision: Precision = "fp64"
     zero: Literal[0, 1, 2, 3] = 0
     shard: int | None = None
     keep: bool = False
     offload: Offload = "none"
+    grads: Literal["fp32", "bf16"] | None = None
 
     @property
     def world_size(self) -> int:
@@ -103,7 +105,7 @@ def make_engine(case: Case, **overrides: Any) -> Engine:
         ),
         "optim": OPTIM,
         "micro_batch_size": case.mbs,
-        "precision": case.precision,
+        "precision": NumericsConfig(precision=case.precision, grad_dtype=case.grads),
         "recompute": case.recompute,
         "seed": SEED,
     }
