@@ -156,10 +156,10 @@ def read_full_tensors(directory: str | Path) -> Iterator[tuple[str, torch.Tensor
 
 def _weights(model: Transformer, flat: FlatParameters | None, *, prefix: str = "") -> list[TensorSlice]:
     """What this rank holds of the weights: its shards at ZeRO stage 3, else whole local parameters."""
+    if flat is not None:
+        flat.settle()
     if flat is None or flat.zero < 3:
         is_owner = model.mesh.dp.rank == 0
-        if flat is not None:
-            flat.settle()
         whole = [StatePart(name, 0, p.data.view(-1)) for name, p in model.named_parameters()]
         return _part_slices(model, whole, prefix=prefix, is_owner=is_owner)
     shards = [
