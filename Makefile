@@ -1,9 +1,10 @@
 # make demo: trains a small GPT on 8 ranks of this machine (tp 4 x pp 2).   make test: the test suite.
-# Everything runs in .venv, which is made on first use and again only when setup.py or constraints.txt change.
+# Everything runs in .venv, which is made on first use and again only when what it is made of changes.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CPU_SOURCES := $(wildcard csrc/cpu_*)
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test check bench-cpu bench-gpu clean
@@ -32,7 +33,7 @@ bench-gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info kernels/megallm_kernels/*.so .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -40,12 +41,12 @@ $(BIN)/python:
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: setup.py constraints.txt | $(BIN)/python
+$(VENV)/.installed: setup.py constraints.txt $(CPU_SOURCES) | $(BIN)/python
 	@echo "installing megallm and what it needs (minutes on the first run)"
 	@$(PIP) -e .
 	@touch $@
 
-$(VENV)/.installed-test: setup.py constraints.txt | $(BIN)/python
+$(VENV)/.installed-test: setup.py constraints.txt $(CPU_SOURCES) | $(BIN)/python
 	@echo "installing megallm, what it needs and the test tools (minutes on the first run)"
 	@$(PIP) -e '.[test]'
 	@touch $@ $(VENV)/.installed
