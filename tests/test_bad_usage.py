@@ -116,7 +116,14 @@ CASES = {
     "shards_that_do_not_divide": (["--zero", "1", "--zero-shard-size", "3"], 4, ["zero_shard_size (3)", "4 data-par"]),
     "shards_of_nothing": (["--zero-shard-size", "2"], 2, ["zero_shard_size (2)", "zero 1, 2 or 3"]),
     "nothing_gathered_to_keep": (["--zero", "2", "--zero-keep"], 2, ["zero_keep", "stage 3"]),
-    "precision_not_there_yet": (["--precision", "fp8"], 1, ["fp8", "bf16"]),
+    "fp8_without_fp8_hardware": (
+        ["--precision", "fp8"], 1, ["compute capability 8.9 or newer", "this is a cpu", "use precision bf16"],
+    ),
+    "fp8_on_a_layout_without_multiples_of_16": (
+        ["--precision", "fp8", "--fp8-emulate", "--model", "no_weights", "--from-scratch", "--tp", "4"], 4,
+        ["no linear of this model at tp 4", "multiples of 16", "qkv_proj 24 x 32", "smaller tp"],
+    ),
+    "fp8_details_of_another_precision": (["--precision", "bf16", "--fp8-keep-ends"], 1, ["fp8_keep_ends", "bf16"]),
 }  # fmt: skip
 
 

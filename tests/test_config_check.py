@@ -162,11 +162,11 @@ def test_learned_positions_end_and_rotary_ones_warn() -> None:
     assert "max_position_embeddings (32)" in warning
 
 
-def test_unavailable_precision_names_those_that_are() -> None:
-    assert refused(check_numerics, NumericsConfig(precision="fp8")) == (
-        "precision fp8 is not available yet: use fp32, bf16, fp16 or fp64"
+def test_unknown_precision_names_those_that_exist() -> None:
+    assert refused(check_numerics, NumericsConfig(precision="bf17")) == (  # type: ignore[arg-type]
+        "precision bf17 does not exist: use fp32, bf16, fp16, fp64 or fp8"
     )
-    for precision in ("fp32", "bf16", "fp16", "fp64"):
+    for precision in ("fp32", "bf16", "fp16", "fp64", "fp8"):
         check_numerics(NumericsConfig(precision=precision))  # type: ignore[arg-type]
 
 
@@ -176,6 +176,9 @@ def test_unavailable_precision_names_those_that_are() -> None:
         (NumericsConfig(grad_dtype="bf16"), "grad_dtype bf16 with precision fp32: use precision bf16"),
         (NumericsConfig(precision="fp16", grad_dtype="bf16"), "grad_dtype bf16 with precision fp16"),
         (NumericsConfig(precision="bf16", tf32=True), "tf32 with precision bf16"),
+        (NumericsConfig(precision="bf16", fp8_recipe="rowwise"), "fp8_recipe with precision bf16: leave it out"),
+        (NumericsConfig(fp8_keep_ends=True), "fp8_keep_ends with precision fp32"),
+        (NumericsConfig(fp8_emulate=True), "fp8_emulate with precision fp32: leave it out, or use precision fp8"),
         (NumericsConfig(loss_scale=1000.0), "loss_scale (1000.0) must be a power of 2"),
         (NumericsConfig(loss_scale=0.0), "loss_scale (0.0) must be above 0"),
         (NumericsConfig(max_bad_steps=-1), "max_bad_steps (-1) must be 0 or more"),
@@ -287,7 +290,7 @@ def test_one_run_is_checked_as_a_whole() -> None:
     def run(**sections: Any) -> str:
         return refused(check_run, RunConfig(**sections), model(), 2)
 
-    assert "precision fp8" in run(numerics=NumericsConfig(precision="fp8"))
+    assert "tf32 with precision bf16" in run(numerics=NumericsConfig(precision="bf16", tf32=True))
     assert "warmup_steps" in run(optim=OptimConfig(warmup_steps=100))
     assert "parts" in run(data=DataConfig(data=("a", "b", "c")))
     assert "--save" in run(checkpoint=CheckpointConfig(save_every=1))

@@ -18,6 +18,7 @@ from megallm.config.parallel import ParallelConfig
 from megallm.config.presets import get_preset
 from megallm.model.fused import check_names, fused_choices
 from megallm.ops.backends import Backends, Case, Choice, apex_refusal, flash_attention_module, refusal
+from megallm.ops.fp8 import hardware_refusal
 from megallm.trainers.engine import DTYPES
 
 
@@ -68,13 +69,14 @@ def machine() -> list[str]:
 
 
 def packages(device: torch.device) -> list[str]:
-    """Lines on the optional parts: there, or why not."""
+    """Lines on the optional parts and fp8 products: there, or why not."""
     from megallm_kernels import compiled
 
     reasons = {
         "compiled": compiled.why_absent(device),
         "flash-attn": flash_attention_module(device)[1],
         "apex": apex_refusal(),
+        "fp8": hardware_refusal(device),
     }
     return [f"{name:11} {why or 'ready'}" for name, why in reasons.items()]
 

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from megallm.config.check import check_layout
-from megallm.config.numerics import Precision
+from megallm.config.numerics import NumericsConfig, Precision
 from megallm.config.parallel import ParallelConfig
+from megallm.model.fp8 import check_fp8
+from megallm.ops.fp8 import fp8_recipe
 from megallm.parallel.mesh import Mesh, start_process_group
 from megallm.runtime.environment import launch_info
 from megallm.runtime.launch import device_for
@@ -58,9 +60,9 @@ def open_job(args: argparse.Namespace) -> InferenceJob:
     parallel = ParallelConfig(tp=args.tp, pp=args.pp, virtual_stages=args.virtual_stages)
     info = launch_info()
     check_layout(source.config, parallel, info.world_size)
-    return InferenceJob(
-        source=source, parallel=parallel, precision=args.precision, device=device_for(info.local_rank)
-    )
+    device = device_for(info.local_rank)
+    check_fp8(fp8_recipe(NumericsConfig(precision=args.precision)), source.config, tp=args.tp, device=device)
+    return InferenceJob(source=source, parallel=parallel, precision=args.precision, device=device)
 
 
 def read_jsonl(path: str, key: str) -> list[Any]:

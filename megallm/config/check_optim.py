@@ -11,7 +11,7 @@ from megallm.config.resolve import resolve_optim
 from megallm.config.rules import either, fraction, not_negative, positive
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
-AVAILABLE_PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp64", "fp8")
 
 
 def check_numerics(numerics: NumericsConfig) -> None:
@@ -19,12 +19,16 @@ def check_numerics(numerics: NumericsConfig) -> None:
     positive(numerics, "loss_scale", "loss_scale_window", "loss_scale_hysteresis")
     not_negative(numerics, "max_bad_steps")
     precision = numerics.precision
-    if precision not in AVAILABLE_PRECISIONS:
-        raise ValueError(f"precision {precision} is not available yet: use {either(AVAILABLE_PRECISIONS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision} does not exist: use {either(PRECISIONS)}")
     if numerics.grad_dtype == "bf16" and precision not in ("bf16", "fp8"):
         raise ValueError(f"grad_dtype bf16 with precision {precision}: use precision bf16 or fp8, or grad_dtype fp32")
     if numerics.tf32 and precision != "fp32":
         raise ValueError(f"tf32 with precision {precision}: it is about fp32 products: leave it out, or use fp32")
+    if precision != "fp8":
+        for name, left_out in (("fp8_recipe", "tensorwise"), ("fp8_keep_ends", False), ("fp8_emulate", False)):
+            if getattr(numerics, name) != left_out:
+                raise ValueError(f"{name} with precision {precision}: leave it out, or use precision fp8")
     if numerics.loss_scale != 2.0 ** round(math.log2(numerics.loss_scale)):
         raise ValueError(f"loss_scale ({numerics.loss_scale}) must be a power of 2, so that scaling is exact")
 

@@ -21,9 +21,11 @@ class NumericsConfig:
     tf32: bool = False
     """Lets fp32 products run on a GPU's tensor cores with 10-bit mantissas (Ampere and newer)."""
     fp8_recipe: Literal["tensorwise", "rowwise"] = "tensorwise"
-    """Scales of fp8 products: one a tensor (fastest), or one a row (tighter)."""
+    """Scales of fp8 products: one a tensor (fastest), or one a row, with the weights' gradients in bf16 (tighter)."""
     fp8_keep_ends: bool = False
     """Leaves the linears of the first and the last layer in bf16."""
+    fp8_emulate: bool = False
+    """The same fp8 rounding without fp8 hardware, slow: for tests and study."""
     loss_scale: float = 65536.0
     """fp16: the scale to begin with (2^16)."""
     loss_scale_window: int = 1000

@@ -31,20 +31,24 @@ class SelfAttention(nn.Module):
         self._first_head = tp.rank * self._num_heads
         prefix = f"model.layers.{layer}.self_attn"
         sequence_parallel = factory.sequence_parallel
+        weight = factory.qkv(prefix)
         self.qkv_proj = ColumnLinear(
-            factory.qkv(prefix),
+            weight,
             factory.qkv_bias(prefix) if config.attention_bias else None,
             tp=tp,
             sequence_parallel=sequence_parallel,
+            products=factory.products(weight, layer=layer),
         )
         width = config.num_attention_heads * config.head_dim
+        weight = factory.row(f"{prefix}.o_proj.weight", config.hidden_size, width, std=std_out)
         self.o_proj = RowLinear(
-            factory.row(f"{prefix}.o_proj.weight", config.hidden_size, width, std=std_out),
+            weight,
             factory.replicated(f"{prefix}.o_proj.bias", (config.hidden_size,), init="zeros")
             if config.attention_out_bias
             else None,
             tp=tp,
             sequence_parallel=sequence_parallel,
+            products=factory.products(weight, layer=layer),
         )
         self.q_norm = self.k_norm = None
         if config.qk_norm:  # each rank sees its own heads only, so the gradient is partial even without SP

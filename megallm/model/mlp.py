@@ -22,17 +22,21 @@ class MLP(nn.Module):
         self._act, self._gated, self._backends = config.hidden_act, config.gated_mlp, factory.backends
         prefix, hidden, inner = f"model.layers.{layer}.mlp", config.hidden_size, config.intermediate_size
         parts = ["gate_proj", "up_proj"] if config.gated_mlp else ["up_proj"]
+        weight = factory.column([(f"{prefix}.{part}.weight", inner) for part in parts], hidden)
         self.gate_up_proj = ColumnLinear(
-            factory.column([(f"{prefix}.{part}.weight", inner) for part in parts], hidden),
+            weight,
             factory.column_bias([(f"{prefix}.{part}.bias", inner) for part in parts]) if config.mlp_bias else None,
             tp=tp,
             sequence_parallel=factory.sequence_parallel,
+            products=factory.products(weight, layer=layer),
         )
+        weight = factory.row(f"{prefix}.down_proj.weight", hidden, inner, std=std_out)
         self.down_proj = RowLinear(
-            factory.row(f"{prefix}.down_proj.weight", hidden, inner, std=std_out),
+            weight,
             factory.replicated(f"{prefix}.down_proj.bias", (hidden,), init="zeros") if config.mlp_bias else None,
             tp=tp,
             sequence_parallel=factory.sequence_parallel,
+            products=factory.products(weight, layer=layer),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from megallm.config.model import ModelConfig
+from megallm.model.fp8 import has_fp8
 from megallm.ops.backends import DEFAULT, Backends
+from megallm.ops.fp8 import Fp8Recipe
 from megallm.parallel import random
 from megallm.parallel.layout import ParamSpec, Piece, shard_range, whole
 from megallm.parallel.mesh import Mesh
+from megallm.parallel.products import PLAIN, Fp8Products, Products
 
 _WIDE_VOCABULARY = 4096  # from here on local rows are padded to a multiple of 64, which GEMM kernels like
 
@@ -29,16 +32,19 @@ class ParameterFactory:
         sequence_parallel: bool,
         tied_copies: bool,
         backends: Backends = DEFAULT,
+        fp8: Fp8Recipe | None = None,
         allocate: bool = True,
     ) -> None:
-        """allocate: whether parameters have memory from the start; without, somebody else's takes its place."""
+        """fp8: how the layers' linears multiply, None = in `dtype`.
+
+        allocate: whether parameters have memory from the start; without, somebody else's takes its place."""
         self.config = config
         self.mesh = mesh
         self.backends = backends
         """What the layers run their fused operations on."""
         self.sequence_parallel = sequence_parallel and mesh.tp.size > 1
         self.specs: dict[nn.Parameter, ParamSpec] = {}
-        self._dtype, self._allocate = dtype, allocate
+        self._dtype, self._allocate, self._fp8 = dtype, allocate, fp8
         self._tied_copies = tied_copies
         """Whether the tied embedding lives on two pipeline ranks."""
 
@@ -103,6 +109,12 @@ class ParameterFactory:
             tp_partial=is_partial,
         )
         return self._make(shape, spec)
+
+    def products(self, weight: nn.Parameter, *, layer: int) -> Products:
+        """What a linear of `layer` with this weight multiplies with."""
+        if self._fp8 is None or not has_fp8(self._fp8, self.config, layer=layer, shape=weight.shape):
+            return PLAIN
+        return Fp8Products(self._fp8)
 
     def _make(self, shape: tuple[int, ...], spec: ParamSpec) -> nn.Parameter:
         parameter = nn.Parameter(torch.empty(shape, dtype=self._dtype, device=self.mesh.device))

@@ -26,6 +26,7 @@ from megallm.model.parameters import ParameterFactory, initialize_
 from megallm.model.presence import Presence
 from megallm.model.rotary import RotaryTable
 from megallm.ops.backends import DEFAULT, Backends
+from megallm.ops.fp8 import Fp8Recipe
 from megallm.parallel.collectives import join_sequence, own_part
 from megallm.parallel.embedding import VocabEmbedding
 from megallm.parallel.layout import ParamSpec
@@ -164,10 +165,12 @@ class Transformer(nn.Module):
         sequence_parallel: bool | None = None,
         recompute: Recompute = "none",
         backends: Backends = DEFAULT,
+        fp8: Fp8Recipe | None = None,
         allocate: bool = True,
     ) -> None:
         """`partition[s]`: the layers of stage s, of all pp * virtual_stages stages of the pipeline.
 
+        `fp8`: how the layers' linears multiply; None = in `dtype`.
         `allocate=False`: parameters have shapes but no memory, until `FlatParameters` gives them theirs.
         """
         super().__init__()
@@ -181,6 +184,7 @@ class Transformer(nn.Module):
             sequence_parallel=self.sequence_parallel,
             tied_copies=mesh.pp.size > 1 and config.head == "lm",
             backends=backends,
+            fp8=fp8,
             allocate=allocate,
         )
         self.stages = nn.ModuleDict()

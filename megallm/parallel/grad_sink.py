@@ -59,6 +59,17 @@ class GradSink:
         self._add(grad)
         self._count()
 
+    def add_written(self, write: Callable[[torch.Tensor], None]) -> None:
+        """buffer += what `write` writes into a tensor like it: into the buffer itself if it is the first to come."""
+        self._begin()
+        if self._is_fresh:
+            write(self.buffer)
+        else:
+            part = torch.empty_like(self.buffer)
+            write(part)
+            self.buffer.add_(part)
+        self._count()
+
     def close(self) -> None:
         """Ends a step in which some contributions did not come (an unused parameter): they count as zero."""
         if self._is_fresh:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megallm.parallel.collectives import (
@@ -30,6 +29,7 @@ from megallm.parallel.collectives import (
 )
 from megallm.parallel.grad_sink import GradSink, SinkLayer
 from megallm.parallel.mesh import Axis
+from megallm.parallel.products import PLAIN, OutputGradient, Products
 
 
 class ColumnLinear(SinkLayer):
@@ -40,16 +40,25 @@ class ColumnLinear(SinkLayer):
     nothing forward and 2 T in (t-1)/t backward.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, *, tp: Axis, sequence_parallel: bool) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        tp: Axis,
+        sequence_parallel: bool,
+        products: Products = PLAIN,
+    ) -> None:
         super().__init__()
         self.weight = weight  # [out/tp, in]
         self.bias = bias  # [out/tp]
         self._tp, self._sequence_parallel = tp, sequence_parallel and tp.size > 1
+        self.products = products
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] or [T/tp, in] -> [T, out/tp]."""
         sinks = (self.grad_sinks.get("weight"), self.grad_sinks.get("bias"))
-        return _Column.apply(x, self.weight, self.bias, self._tp, self._sequence_parallel, sinks)
+        return _Column.apply(x, self.weight, self.bias, self._tp, self._sequence_parallel, sinks, self.products)
 
     def gathered(self, x: torch.Tensor) -> torch.Tensor:
         """The input as its GEMM sees it, [T, in]: for an operation that does the product itself.
@@ -66,16 +75,25 @@ class RowLinear(SinkLayer):
     elements forward and nothing backward; with sequence parallelism T out (t-1)/t each way.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, *, tp: Axis, sequence_parallel: bool) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        tp: Axis,
+        sequence_parallel: bool,
+        products: Products = PLAIN,
+    ) -> None:
         super().__init__()
         self.weight = weight  # [out, in/tp]
         self.bias = bias  # [out], added once, after the sum
         self._tp, self._sequence_parallel = tp, sequence_parallel and tp.size > 1
+        self.products = products
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         """[T, in/tp] -> [T, out] or [T/tp, out]."""
         sinks = (self.grad_sinks.get("weight"), self.grad_sinks.get("bias"))
-        return _Row.apply(y, self.weight, self.bias, self._tp, self._sequence_parallel, sinks)
+        return _Row.apply(y, self.weight, self.bias, self._tp, self._sequence_parallel, sinks, self.products)
 
 
 _Sinks = tuple[GradSink | None, GradSink | None]
@@ -91,22 +109,24 @@ class _Column(torch.autograd.Function):
         tp: Axis,
         sequence_parallel: bool,
         sinks: _Sinks,
+        products: Products,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.tp, ctx.sequence_parallel, ctx.sinks, ctx.has_bias = tp, sequence_parallel, sinks, bias is not None
-        return F.linear(all_gather(x, tp) if sequence_parallel else x, weight, bias)
+        ctx.products = products
+        return products.output(all_gather(x, tp) if sequence_parallel else x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         gathering = start_all_gather(x, ctx.tp) if ctx.sequence_parallel and needs_weight else Pending(x, None)
-        dx: Pending | None = None
+        gradient, dx = ctx.products.ready(dy), None
         if needs_x:
             reduce = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce_
-            dx = reduce(dy @ weight, ctx.tp)
-        dw, db = _weight_grads(ctx, dy, gathering.wait()) if needs_weight else (None, None)
-        return (dx.wait() if dx is not None else None), dw, db, None, None, None
+            dx = reduce(ctx.products.input_gradient(gradient, weight), ctx.tp)
+        dw, db = _weight_grads(ctx, gradient, gathering.wait()) if needs_weight else (None, None)
+        return (dx.wait() if dx is not None else None), dw, db, None, None, None, None
 
 
 class _Row(torch.autograd.Function):
@@ -119,12 +139,14 @@ class _Row(torch.autograd.Function):
         tp: Axis,
         sequence_parallel: bool,
         sinks: _Sinks,
+        products: Products,
     ) -> torch.Tensor:
         ctx.save_for_backward(y, weight)
         ctx.tp, ctx.sequence_parallel, ctx.sinks, ctx.has_bias = tp, sequence_parallel, sinks, bias is not None
+        ctx.products = products
         if tp.size == 1:
-            return F.linear(y, weight, bias)
-        partial = F.linear(y, weight)
+            return products.output(y, weight, bias)
+        partial = products.output(y, weight)
         z = reduce_scatter(partial, tp) if sequence_parallel else all_reduce_(partial, tp)
         return z if bias is None else z.add_(bias)
 
@@ -136,21 +158,17 @@ class _Row(torch.autograd.Function):
         if ctx.has_bias and needs_weight:  # from this rank's tokens: a partial sum under sequence parallelism
             db = _deliver(dz.sum(0), ctx.sinks[1])
         dz = all_gather(dz, ctx.tp) if ctx.sequence_parallel else dz
-        dy = dz @ weight if needs_y else None
-        dw = _weight_grad(dz, y, ctx.sinks[0]) if needs_weight else None
-        return dy, dw, db, None, None, None
+        gradient = ctx.products.ready(dz)
+        dy = ctx.products.input_gradient(gradient, weight) if needs_y else None
+        dw = ctx.products.weight_gradient(gradient, y, ctx.sinks[0]) if needs_weight else None
+        return dy, dw, db, None, None, None, None
 
 
-def _weight_grads(ctx: Any, dy: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    db = _deliver(dy.sum(0), ctx.sinks[1]) if ctx.has_bias else None
-    return _weight_grad(dy, x, ctx.sinks[0]), db
-
-
-def _weight_grad(dy: torch.Tensor, x: torch.Tensor, sink: GradSink | None) -> torch.Tensor | None:
-    if sink is None:
-        return dy.t() @ x
-    sink.add_product(dy, x)
-    return None
+def _weight_grads(
+    ctx: Any, gradient: OutputGradient, x: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    db = _deliver(gradient.dy.sum(0), ctx.sinks[1]) if ctx.has_bias else None
+    return ctx.products.weight_gradient(gradient, x, ctx.sinks[0]), db
 
 
 def _deliver(grad: torch.Tensor, sink: GradSink | None) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ It needs no command line, no config file and no global; two engines (an actor an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,9 +27,11 @@ from megallm.config.optim import OptimConfig
 from megallm.config.parallel import ParallelConfig, ScheduleName
 from megallm.generate.decode import generate
 from megallm.generate.sampling import Sampling
+from megallm.model.fp8 import check_fp8
 from megallm.model.fused import check_backends
 from megallm.model.transformer import Recompute, Transformer
 from megallm.ops.backends import DEFAULT, Backends
+from megallm.ops.fp8 import fp8_recipe
 from megallm.optim.adamw import AdamW
 from megallm.optim.flat import FlatParameters
 from megallm.optim.gradients import Gradients
@@ -45,7 +48,10 @@ from megallm.pipeline.validate import validate
 from megallm.trainers.losses import Batch, LossFunction, count_labels
 from megallm.trainers.step import StepResult, dropout_key, split_batch, train_step
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16,
+}  # fmt: skip
+"""What weights and activations are kept in."""
 GRAD_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -68,7 +74,7 @@ class Engine:
     ) -> None:
         """Builds and initialises this rank's part. Of `parallel` only what the mesh does not say is used.
 
-        precision: its name, or all about it.
+        precision: its name, or all about it; ValueError for fp8 without fp8 hardware, unless it is to be emulated.
         micro_batch_size: sequences a forward takes at once; `train=False` leaves out gradients and optimizer state.
         backends: what the fused operations run on; ValueError if one is forced that cannot run here.
         """
@@ -79,6 +85,9 @@ class Engine:
         if mesh.device.type == "cuda":
             torch.set_float32_matmul_precision("high" if numerics.tf32 else "highest")
         check_backends(backends, config, tp=mesh.tp.size, device=mesh.device, dtype=dtype)
+        fp8 = fp8_recipe(numerics)
+        for warning in check_fp8(fp8, config, tp=mesh.tp.size, device=mesh.device):
+            logging.getLogger("megallm.trainers").info(warning)
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self._virtual_stages, self._schedule_name = parallel.virtual_stages, parallel.schedule
         self.num_stages = mesh.pp.size * parallel.virtual_stages
@@ -90,6 +99,7 @@ class Engine:
             sequence_parallel=parallel.sequence_parallel,
             recompute=recompute,
             backends=backends,
+            fp8=fp8,
             allocate=not (train or parallel.zero == 3),
         )
         self.gradients: Gradients | None = None

@@ -24,9 +24,11 @@ from megallm.data.loader import BatchLoader, ValidationLoader
 from megallm.data.prepare import PreparedData, load_or_build
 from megallm.generate.sampling import Sampling
 from megallm.model.counts import parameter_counts
+from megallm.model.fp8 import check_fp8
 from megallm.model.fused import check_backends, check_names
 from megallm.monitor.plots import plot_loss
 from megallm.ops.backends import Backends
+from megallm.ops.fp8 import fp8_recipe
 from megallm.parallel.mesh import Mesh, start_process_group
 from megallm.pipeline.partition import partition_layers
 from megallm.runtime.environment import LaunchInfo
@@ -61,6 +63,8 @@ def plan(run: RunConfig, *, world_size: int, cache_dir: Path, device: torch.devi
     config = source.config
     check_run(run, config, world_size)  # before minutes are spent on data
     partition_layers(config.num_hidden_layers, run.parallel.pp * run.parallel.virtual_stages)
+    device = device or torch.device("cpu")
+    fp8_warnings = check_fp8(fp8_recipe(run.numerics), config, tp=run.parallel.tp, device=device)
     data = load_or_build(run.data, cache_dir=cache_dir, tokenizer=source.tokenizer())
     if source.kind == "preset" and (run.model or DEFAULT_MODEL) == DEFAULT_MODEL:
         config = config.replace(vocab_size=data.vocab_size)  # the tiny model speaks the data's language
@@ -72,12 +76,10 @@ def plan(run: RunConfig, *, world_size: int, cache_dir: Path, device: torch.devi
     if data.tokenizer is not None and config.eos_token_id is None:
         config = config.replace(eos_token_id=data.tokenizer.eos_id)
     run = resolve_run(run)
-    warnings = check_run(run, config, world_size)
+    warnings = check_run(run, config, world_size) + fp8_warnings
     backends = Backends(parse_backends(run.backend), announce=lambda line: None)
     check_names(backends, config)
-    check_backends(
-        backends, config, tp=run.parallel.tp, device=device or torch.device("cpu"), dtype=DTYPES[run.numerics.precision]
-    )
+    check_backends(backends, config, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision])
     train_samples = data.train_dataset(seq_length=run.train.seq_length, seed=run.train.seed)
     valid_samples = data.valid_dataset(seq_length=run.train.seq_length)
     resume_from = _resume_from(run)
