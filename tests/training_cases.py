@@ -72,6 +72,7 @@ class Case:
     keep: bool = False
     offload: Offload = "none"
     grads: Literal["fp32", "bf16"] | None = None
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
 
     @property
     def world_size(self) -> int:
@@ -103,7 +104,7 @@ def make_engine(case: Case, **overrides: Any) -> Engine:
             offload=case.offload,
             bucket_size=5000,  # several buckets a model
         ),
-        "optim": OPTIM,
+        "optim": dataclasses.replace(OPTIM, optimizer=case.optimizer),
         "micro_batch_size": case.mbs,
         "precision": NumericsConfig(precision=case.precision, grad_dtype=case.grads),
         "recompute": case.recompute,

@@ -100,7 +100,7 @@ def load(
 ) -> TrainState:
     """Fills the model (and the optimizer) from a checkpoint of any layout; returns where that run stood. A collective.
 
-    ValueError if the model's shape is another, or if tensors are missing.
+    ValueError if the model's shape or the optimizer is another, or if tensors are missing.
     """
     directory = Path(directory)
     saved = read_model_config(directory)
@@ -112,9 +112,15 @@ def load(
     for each in _weights(model, flat):
         weights.fill(each)
     if optimizer is not None:
-        if not (directory / "optimizer").is_dir():
-            raise ValueError(f"checkpoint {directory} has no optimizer state: load it as weights only, to start anew")
         stored, state = SliceFiles(directory / "optimizer"), optimizer.state()
+        if not stored.shapes and not values.get("optimizer"):
+            raise ValueError(f"checkpoint {directory} has no optimizer state: load it as weights only, to start anew")
+        writer = values.get("optimizer", "adamw")
+        if writer != optimizer.name:
+            raise ValueError(
+                f"checkpoint {directory} was saved with optimizer {writer}, this is {optimizer.name}: use that, or "
+                "load it as weights only, to start anew"
+            )
         if not any(name.startswith("master.") for name in stored.shapes):  # saved in fp32
             for each in _part_slices(model, state.pop("master", ()), prefix="", is_owner=False):
                 weights.fill(each)
@@ -214,7 +220,7 @@ def _scalars(optimizer: Optimizer | None) -> dict[str, Any]:
     if optimizer is None:
         return {"optimizer_steps": 0.0}
     scale = {} if optimizer.loss_scale is None else {"loss_scale": optimizer.loss_scale.state()}
-    return {"optimizer_steps": float(optimizer.num_steps)} | scale
+    return {"optimizer": optimizer.name, "optimizer_steps": float(optimizer.num_steps)} | scale
 
 
 def _steps(root: Path) -> list[Path]:

@@ -28,17 +28,22 @@ def resolve_parallel(parallel: ParallelConfig) -> ParallelConfig:
 
 def resolve_optim(optim: OptimConfig, *, total_steps: int) -> OptimConfig:
     """`optim` with `min_learning_rate`, `decay_steps` and `momentum` decided for `total_steps` optimizer steps."""
-    min_learning_rate, decay_steps, momentum = optim.min_learning_rate, optim.decay_steps, optim.momentum
-    if momentum is None:
-        momentum = 0.9 if optim.optimizer == "sgd" else 0.95
+    min_learning_rate, decay_steps = optim.min_learning_rate, optim.decay_steps
     if min_learning_rate is None:
         min_learning_rate = optim.learning_rate / 10.0
     if decay_steps is None:
         after_warmup = max(1, total_steps - optim.warmup_steps)
         decay_steps = min(max(1, total_steps // 10), after_warmup) if optim.lr_schedule == "wsd" else after_warmup
     return dataclasses.replace(
-        optim, min_learning_rate=min_learning_rate, decay_steps=decay_steps, momentum=momentum
+        optim, min_learning_rate=min_learning_rate, decay_steps=decay_steps, momentum=resolve_momentum(optim)
     )
+
+
+def resolve_momentum(optim: OptimConfig) -> float:
+    """`momentum`, decided."""
+    if optim.momentum is not None:
+        return optim.momentum
+    return 0.9 if optim.optimizer == "sgd" else 0.95
 
 
 def resolve_run(run: RunConfig) -> RunConfig:

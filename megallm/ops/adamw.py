@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
+from megallm_kernels.cpu_adamw import cpu_adamw_
+
 
 def adamw_reference_(
     p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, *, step: int, lr: float, beta1: float,
@@ -59,9 +61,10 @@ def adamw_(
 
 
 class FusedAdamW:
-    """AdamW over many tensors in one launch, on a back end other than torch's; low-precision copies included.
+    """AdamW over many tensors on one back end, in one launch where that is not torch's; low-precision copies included.
 
-    params, exp_avgs, exp_avg_sqs flat fp32; grads fp32 or bf16, only read; copies [] or one bf16 or fp16 tensor each.
+    params, exp_avgs, exp_avg_sqs flat fp32, grads fp32 or bf16, only read; copies [] or one bf16 or fp16 tensor each.
+    For torch also fp64, grads are perhaps overwritten, and there are no copies.
     """
 
     def __init__(
@@ -76,7 +79,8 @@ class FusedAdamW:
         step: torch.Tensor,
         backend: str,
     ) -> None:
-        """`step`: 0-d fp32, updates done so far; counted up in place. `backend`: triton, cuda or apex."""
+        """`step`: 0-d fp32, updates done so far; counted up in place. `backend`: torch, triton, cuda, apex or cpu."""
+        assert backend != "torch" or not copies
         self._lists = (params, grads, exp_avgs, exp_avg_sqs, copies)
         self._decayed, self._step, self._backend = decayed, step, backend
         self._learning_rate = torch.zeros((), dtype=torch.float32, device=step.device)
@@ -97,11 +101,45 @@ class FusedAdamW:
 
         The learning rate comes from the host: a captured graph would repeat the one of its capture.
         """
+        settings: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+        grad_divisor, is_bad = grad_divisor.to(self._step.device), is_bad.to(self._step.device)
+        if self._backend == "torch":
+            self._update_in_torch(learning_rate, grad_divisor, is_bad, settings)
+            return
+        if self._backend == "cpu":
+            self._update_on_host(learning_rate, float(grad_divisor), bool(is_bad), settings)
+            return
         self._learning_rate.fill_(learning_rate)
         self._plan = _update_of(self._backend)(
             self._plan, *self._lists, decayed=self._decayed, step=self._step, learning_rate=self._learning_rate,
-            grad_divisor=grad_divisor, is_bad=is_bad, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+            grad_divisor=grad_divisor, is_bad=is_bad, **settings,
         )  # fmt: skip
+
+    def _update_in_torch(
+        self, learning_rate: float, grad_divisor: torch.Tensor, is_bad: torch.Tensor, settings: dict[str, Any]
+    ) -> None:
+        for wanted in (True, False):
+            params = self._lists[0]
+            chosen = [i for i, each in enumerate(self._decayed) if each is wanted and params[i].numel()]
+            adamw_(
+                *([tensors[i] for i in chosen] for tensors in self._lists[:4]),
+                steps=list(self._step.repeat(len(chosen)).unbind()),
+                lr=learning_rate,
+                grad_divisor=grad_divisor,
+                is_bad=is_bad,
+                **(settings | ({} if wanted else {"weight_decay": 0.0})),
+            )
+        self._step.add_(1 - is_bad)
+
+    def _update_on_host(
+        self, learning_rate: float, grad_divisor: float, is_bad: bool, settings: dict[str, Any]
+    ) -> None:
+        if not is_bad:
+            self._step.add_(1)
+            cpu_adamw_(
+                *self._lists, decayed=self._decayed, step=int(self._step), learning_rate=learning_rate,
+                grad_scale=1.0 / grad_divisor, **settings,
+            )  # fmt: skip
 
 
 def _update_of(backend: str) -> Callable[..., Any]:

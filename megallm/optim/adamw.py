@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from megallm.config.optim import OptimConfig
-from megallm.ops.adamw import FusedAdamW, adamw_
+from megallm.ops.adamw import FusedAdamW
 from megallm.ops.backends import DEFAULT, Backends
 from megallm.optim.gradients import Gradients
 from megallm.optim.optimizer import Optimizer, StatePart
@@ -25,6 +25,8 @@ from megallm_kernels.cpu_adamw import cpu_adamw_
 class AdamW(Optimizer):
     """Decoupled weight decay (arXiv 1711.05101)."""
 
+    name = "adamw"
+
     def __init__(
         self, gradients: Gradients, residency: Residency, config: OptimConfig, *, backends: Backends = DEFAULT
     ) -> None:
@@ -32,7 +34,7 @@ class AdamW(Optimizer):
         self.exp_avg = [self._zeros(f) for f in self._flats]
         self.exp_avg_sq = [self._zeros(f) for f in self._flats]
         device = self.master[0].device if self.master else None
-        self._steps = [torch.zeros((), device=device) for _ in range(2 * len(self.master))]
+        self._step = torch.zeros((), device=device)
         self._backend = backends.pick("adamw", self.master[0], 0) if self.master else "torch"
         self._fused: FusedAdamW | None = None
         self._copies = self._low_precision_copies() if self._backend == "cpu" else []
@@ -44,52 +46,28 @@ class AdamW(Optimizer):
         self._residency.start_update()
         if self._backend == "cpu":
             self._step_on_host(learning_rate, float(grad_divisor), bool(is_bad))
-        elif self._backend == "torch":
-            self._step_in_torch(learning_rate, grad_divisor, is_bad)
         else:
             self._step_at_once(learning_rate, grad_divisor, is_bad)
 
-    def _step_in_torch(self, learning_rate: float, grad_divisor: torch.Tensor, is_bad: torch.Tensor) -> None:
-        c = self._config
-        where = self.master[0].device if self.master else None
-        for decayed in (True, False):
-            parts = [
-                self._part(tensors, decayed) for tensors in (self.master, self._grads, self.exp_avg, self.exp_avg_sq)
-            ]
-            steps = self._steps[: len(self.master)] if decayed else self._steps[len(self.master) :]
-            live = [i for i, part in enumerate(parts[0]) if part.numel()]
-            params, grads, exp_avgs, exp_avg_sqs = ([part[i] for i in live] for part in parts)
-            adamw_(
-                params,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                steps=[steps[i] for i in live],
-                lr=learning_rate,
-                beta1=c.beta1,
-                beta2=c.beta2,
-                eps=c.eps,
-                weight_decay=c.weight_decay if decayed else 0.0,
-                grad_divisor=grad_divisor.to(where),
-                is_bad=is_bad.to(where),
-            )
-        self.publish()
-
     def _step_at_once(self, learning_rate: float, grad_divisor: torch.Tensor, is_bad: torch.Tensor) -> None:
         c = self._config
+        writes_params = self._has_master and self._backend != "torch"
         if self._fused is None:
-            params = [f.shard for f in self._flats] if self._has_master else []
+            params = [f.shard for f in self._flats] if writes_params else []
             lists = (self.master, self._grads, self.exp_avg, self.exp_avg_sq, params)
             self._fused = FusedAdamW(
                 *([*self._both_parts(tensors)] for tensors in lists),
                 decayed=[True, False] * len(self.master),
-                step=self._steps[0],
+                step=self._step,
                 backend=self._backend,
             )
         self._fused.update_(
             learning_rate=learning_rate, grad_divisor=grad_divisor, is_bad=is_bad, beta1=c.beta1, beta2=c.beta2,
             eps=c.eps, weight_decay=c.weight_decay,
         )  # fmt: skip
+        if not writes_params:
+            self.publish()
+            return
         for flat in reversed(self._flats):
             self._residency.updated(flat)
 
@@ -97,12 +75,12 @@ class AdamW(Optimizer):
         if is_bad:
             return
         c = self._config
-        self.set_num_steps(float(self._steps[0]) + 1)
+        self._step.add_(1)
         for i in reversed(range(len(self._flats))):  # in the order of use
             n = self._flats[i].decay_numel
             tensors = (self.master[i], self._grads[i], self.exp_avg[i], self.exp_avg_sq[i], *self._copies[i : i + 1])
             cpu_adamw_(
-                *([t[:n], t[n:]] for t in tensors), decayed=[True, False], step=int(self._steps[0]),
+                *([t[:n], t[n:]] for t in tensors), decayed=[True, False], step=int(self._step),
                 learning_rate=learning_rate, grad_scale=1.0 / grad_divisor, beta1=c.beta1, beta2=c.beta2, eps=c.eps,
                 weight_decay=c.weight_decay,
             )  # fmt: skip
@@ -113,12 +91,11 @@ class AdamW(Optimizer):
     @property
     def num_steps(self) -> torch.Tensor:
         """0-d: updates done so far."""
-        return torch.stack(self._steps).max()  # parts without elements are not counted up
+        return self._step
 
     def set_num_steps(self, steps: float) -> None:
         """Sets the count that bias correction uses."""
-        for tensor in self._steps:
-            tensor.fill_(steps)
+        self._step.fill_(steps)
 
     def state(self) -> dict[str, list[StatePart]]:
         """exp_avg, exp_avg_sq, and masters where there are some."""
@@ -136,7 +113,3 @@ class AdamW(Optimizer):
         for tensor, flat in zip(tensors, self._flats, strict=False):
             yield tensor[: flat.decay_numel]
             yield tensor[flat.decay_numel :]
-
-    def _part(self, tensors: list[torch.Tensor], decayed: bool) -> list[torch.Tensor]:
-        split = [f.decay_numel for f in self._flats]
-        return [t[:n] if decayed else t[n:] for t, n in zip(tensors, split, strict=True)]

@@ -136,6 +136,11 @@ class Gradients:
         self._attach(model)
 
     @property
+    def flat(self) -> FlatParameters:
+        """What they are the gradients of."""
+        return self._flat
+
+    @property
     def host(self) -> HostMemory | None:
         """Where the shards are, unless they are on the device."""
         return self._flat.host

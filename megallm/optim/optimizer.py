@@ -7,6 +7,7 @@ offload; masters are copies then, and else where parameters have low precision.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -31,6 +32,9 @@ class StatePart:
 
 class Optimizer:
     """Updates this rank's shards of the model's parameters from `Gradients`."""
+
+    name: ClassVar[str]
+    """As in OptimConfig.optimizer."""
 
     def __init__(self, gradients: Gradients, residency: Residency, config: OptimConfig) -> None:
         self._config, self._residency = config, residency

@@ -6,7 +6,7 @@ Sequence and token dimensions are dim 0 everywhere, so gathers and scatters need
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,19 @@ def start_all_gather_into(out: torch.Tensor, x: torch.Tensor, axis: Axis) -> Pen
     if not x.is_cuda:
         return _Broadcast(out, x, axis)
     return Pending(out, _gather_single(out, x, group=axis.group, async_op=True), x)
+
+
+def all_to_all(x: torch.Tensor, axis: Axis, *, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
+    """What each rank has for this one, one after another: x [n] is what this one has for each, `send` elements of it.
+
+    `receive`: how many come from each. n less what it has for itself a rank.
+    """
+    if axis.size == 1:
+        return x
+    out = x.new_empty(sum(receive))
+    axis.recorder.add(axis.name, "all_to_all", x.numel() - send[axis.rank], x.element_size(), axis.size)
+    dist.all_to_all_single(out, x, list(receive), list(send), group=axis.group)
+    return out
 
 
 def broadcast_(x: torch.Tensor, axis: Axis, *, src: int) -> torch.Tensor:

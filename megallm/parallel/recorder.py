@@ -2,7 +2,7 @@
 
 Counted is what one rank sends with ring algorithms, in elements and bytes: an all-reduce of n elements over t ranks
 sends 2 n (t-1)/t, an all-gather to n or a reduce-scatter from n elements n (t-1)/t, a broadcast n (t-1)/t, a
-point-to-point send n (a receive 0).
+point-to-point send n (a receive 0), an all-to-all what it has for others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ _SHARE = {  # elements sent by one rank, in units of n (t-1)/t
     "reduce_scatter": 1,
     "broadcast": 1,
 }
+_DIRECT = ("send", "all_to_all")
+"""Counted as they are told."""
 
 
 class Recorder:
@@ -33,7 +35,7 @@ class Recorder:
         """Counts one operation on a tensor of `num_elements` (the full size: gathered, unscattered or sent)."""
         if not self.enabled:
             return
-        share = Fraction(1) if operation == "send" else Fraction(_SHARE[operation] * (axis_size - 1), axis_size)
+        share = Fraction(1) if operation in _DIRECT else Fraction(_SHARE[operation] * (axis_size - 1), axis_size)
         key = (axis, operation)
         self._elements[key] += share * num_elements
         self._bytes[key] += share * num_elements * element_size

@@ -21,6 +21,7 @@ import torch
 
 from megallm.checkpoint import sharded
 from megallm.checkpoint.sharded import TrainState
+from megallm.config.check_optim import check_optimizer_layout
 from megallm.config.model import ModelConfig
 from megallm.config.numerics import NumericsConfig, Precision
 from megallm.config.optim import OptimConfig
@@ -32,7 +33,7 @@ from megallm.model.fused import check_backends
 from megallm.model.transformer import Recompute, Transformer
 from megallm.ops.backends import DEFAULT, Backends
 from megallm.ops.fp8 import fp8_recipe
-from megallm.optim.adamw import AdamW
+from megallm.optim.factory import make_optimizer
 from megallm.optim.flat import FlatParameters
 from megallm.optim.gradients import Gradients
 from megallm.optim.loss_scale import LossScale
@@ -77,11 +78,14 @@ class Engine:
         precision: its name, or all about it; ValueError for fp8 without fp8 hardware, unless it is to be emulated.
         micro_batch_size: sequences a forward takes at once; `train=False` leaves out gradients and optimizer state.
         backends: what the fused operations run on; ValueError if one is forced that cannot run here.
+        ValueError if the optimizer does not exist, or cannot work on what `parallel` leaves a rank.
         """
         parallel = parallel if parallel is not None else ParallelConfig(tp=mesh.tp.size, pp=mesh.pp.size)
         numerics = NumericsConfig(precision=precision) if isinstance(precision, str) else precision
         dtype = DTYPES[numerics.precision]
         self.config, self.mesh, self.optim = config, mesh, optim if optim is not None else OptimConfig()
+        if train:
+            check_optimizer_layout(self.optim, parallel)
         if mesh.device.type == "cuda":
             torch.set_float32_matmul_precision("high" if numerics.tf32 else "highest")
         check_backends(backends, config, tp=mesh.tp.size, device=mesh.device, dtype=dtype)
@@ -115,7 +119,7 @@ class Engine:
             self._residency = Residency(self.flat, keep=parallel.zero_keep)
             if train:
                 self.gradients = Gradients(self.flat, dtype=GRAD_DTYPES[numerics.grad_dtype])
-                self.optimizer = AdamW(self.gradients, self._residency, self.optim, backends=backends)
+                self.optimizer = make_optimizer(self.gradients, self._residency, self.optim, backends=backends)
                 if numerics.precision == "fp16":
                     self.optimizer.loss_scale = LossScale(numerics, mesh.device)
         else:
