@@ -30,7 +30,10 @@ def main() -> int:
         device = device_for(info.local_rank)
         from megallm.trainers import pretrain  # after the flags: a mistyped one is answered at once
 
-        plan = pretrain.plan(run, world_size=info.world_size, cache_dir=user_cache_dir(), device=device)
+        plan = pretrain.plan(
+            run, world_size=info.world_size, local_world_size=info.local_world_size, cache_dir=user_cache_dir(),
+            device=device,
+        )  # fmt: skip
     pretrain.pretrain(plan, info, device, sample_prompt=args.sample_prompt)
     return 0
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "mean negative log-likelihood of documents under a model",
     "generate": "continue prompts with a model",
     "schedule": "show a pipeline schedule as text or picture, with its bubble",
+    "memory": "what ZeRO and offload leave on a device, and how large a model may get",
     "presets": "list the model shapes that --model knows by name",
     "doctor": "show this machine, and which back end each fused operation runs on",
 }

@@ -17,7 +17,8 @@ from megallm.parallel.layout import ParamSpec, Piece, shard_range, whole
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.products import PLAIN, Fp8Products, Products
 
-_WIDE_VOCABULARY = 4096  # from here on local rows are padded to a multiple of 64, which GEMM kernels like
+WIDE_VOCABULARY = 4096
+"""From here on local rows are padded to a multiple of 64, which GEMM kernels like."""
 
 
 class ParameterFactory:
@@ -87,7 +88,7 @@ class ParameterFactory:
     def vocab(self, name: str, *, tied: bool) -> nn.Parameter:
         """[V'/t, H]: an embedding or head cut along the padded vocabulary; padding rows are zero."""
         vocab_size, hidden_size = self.config.vocab_size, self.config.hidden_size
-        multiple = 64 if vocab_size >= _WIDE_VOCABULARY else 1
+        multiple = 64 if vocab_size >= WIDE_VOCABULARY else 1
         size, start, length = shard_range(vocab_size, self.mesh.tp, multiple=multiple)
         piece = Piece(name=name, shape=(vocab_size, hidden_size), start=start, length=length)
         std = self.config.initializer_range

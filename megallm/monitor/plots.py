@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-_COLORS = ("#1f5fa8", "#c8641e", "#2c8a57", "#8a3f9c", "#b02a37", "#5b6470")
+COLORS = ("#1f5fa8", "#c8641e", "#2c8a57", "#8a3f9c", "#b02a37", "#5b6470")
 """Distinct in print and for colour-blind readers, told apart by lightness too."""
 _GRAY = "#666666"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.grid": True,
@@ -54,7 +54,7 @@ def plot_loss(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("drawing the loss curve needs matplotlib: pip install matplotlib") from error
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.8), dpi=180, layout="constrained")
         FigureCanvasAgg(figure)
         _draw(figure, runs, title)
@@ -107,7 +107,7 @@ def _draw(figure: Figure, runs: dict[str, _Run], title: str) -> None:
     rate_axes = norm_axes.twinx()
     several = len(runs) > 1
     for index, (name, run) in enumerate(runs.items()):
-        _draw_run(loss_axes, norm_axes, rate_axes, run, name if several else "", _COLORS[index % len(_COLORS)])
+        _draw_run(loss_axes, norm_axes, rate_axes, run, name if several else "", COLORS[index % len(COLORS)])
     _label(loss_axes, norm_axes, rate_axes)
     last_step = max(run.losses[0][-1] for run in runs.values())
     norm_axes.set_xlim(0, max(last_step * 1.01, 1.0))
@@ -126,11 +126,11 @@ def _draw_run(loss_axes: Axes, norm_axes: Axes, rate_axes: Axes, run: _Run, name
         loss_axes.plot(steps, smooth(losses, len(losses) // 50), color=color, linewidth=1.7, label=f"{prefix}training")
     valid_steps, valid_losses = run.column("valid_loss")
     if len(valid_steps):
-        valid_color = color if name else _COLORS[1]
+        valid_color = color if name else COLORS[1]
         loss_axes.plot(valid_steps, valid_losses, "o", color=valid_color, markersize=5, markeredgecolor="white",
                        markeredgewidth=0.9, zorder=4, clip_on=False, label=f"{prefix}validation")  # fmt: skip
-    norm_axes.plot(*run.column("grad_norm"), color=color if name else _COLORS[5], linewidth=0.8)
-    rate_color = color if name else _COLORS[2]
+    norm_axes.plot(*run.column("grad_norm"), color=color if name else COLORS[5], linewidth=0.8)
+    rate_color = color if name else COLORS[2]
     rate_axes.plot(*run.column("learning_rate"), color=rate_color, linewidth=1.4, linestyle=(0, (4, 2)))
 
 

@@ -7,6 +7,7 @@ that stops and resumes trains on exactly what it would have seen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from megallm.optim.lr_schedule import learning_rate_at
 from megallm.trainers.bad_steps import BadSteps
 from megallm.trainers.engine import Engine
 from megallm.trainers.losses import Batch, LossFunction
+from megallm.trainers.memory import MemoryReport
 from megallm.trainers.step import StepResult
 
 
@@ -55,13 +57,15 @@ def train_loop(
     validate: Callable[[], float] | None,
     state: TrainState,
     outputs: Outputs,
+    memory: MemoryReport | None = None,
 ) -> TrainState:
     """Trains from `state` to `run.train.steps`; returns where it ended. A collective."""
     loop = _Loop(engine, run, validate, state, outputs)
     for step in range(state.step, run.train.steps):
         learning_rate = learning_rate_at(step, config=run.optim, total_steps=run.train.steps)
         batch = loader.batch(loop.state.consumed_samples)
-        result = engine.train_step(batch, loss_fn, learning_rate=learning_rate)
+        with nullcontext() if memory is None else memory.step():
+            result = engine.train_step(batch, loss_fn, learning_rate=learning_rate)
         loop.after_step(result, learning_rate)
     loop.close()
     return loop.state

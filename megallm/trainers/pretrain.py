@@ -26,17 +26,20 @@ from megallm.generate.sampling import Sampling
 from megallm.model.counts import parameter_counts
 from megallm.model.fp8 import check_fp8
 from megallm.model.fused import check_backends, check_names
+from megallm.monitor.memory_table import format_memory_table
 from megallm.monitor.plots import plot_loss
 from megallm.ops.backends import Backends
 from megallm.ops.fp8 import fp8_recipe
 from megallm.parallel.mesh import Mesh, start_process_group
 from megallm.pipeline.partition import partition_layers
+from megallm.planner.memory import MemoryPlan
 from megallm.runtime.environment import LaunchInfo
 from megallm.runtime.logging import Log
 from megallm.trainers.engine import DTYPES, Engine
 from megallm.trainers.evaluate import validation_loss
 from megallm.trainers.loop import Outputs, train_loop
 from megallm.trainers.losses import language_model_loss
+from megallm.trainers.memory import MemoryReport, check_offload, device_capacity, plan_memory
 from megallm.trainers.source import ModelSource, open_model
 
 DEFAULT_MODEL = "tiny"
@@ -54,11 +57,23 @@ class PretrainPlan:
     train_samples: Any
     valid_samples: Any
     warnings: tuple[str, ...]
+    memory: MemoryPlan
+    """Of the rank that needs most."""
     resume_from: Path | None
 
 
-def plan(run: RunConfig, *, world_size: int, cache_dir: Path, device: torch.device | None = None) -> PretrainPlan:
-    """The checked run. ValueError or FileNotFoundError, in one message, for everything a user can get wrong."""
+def plan(
+    run: RunConfig,
+    *,
+    world_size: int,
+    cache_dir: Path,
+    device: torch.device | None = None,
+    local_world_size: int = 1,
+) -> PretrainPlan:
+    """The checked run. ValueError or FileNotFoundError, in one message, for everything a user can get wrong.
+
+    local_world_size: ranks that share this node's memory.
+    """
     source = open_model(run.model or DEFAULT_MODEL, from_scratch=run.from_scratch)
     config = source.config
     check_run(run, config, world_size)  # before minutes are spent on data
@@ -80,6 +95,8 @@ def plan(run: RunConfig, *, world_size: int, cache_dir: Path, device: torch.devi
     backends = Backends(parse_backends(run.backend), announce=lambda line: None)
     check_names(backends, config)
     check_backends(backends, config, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision])
+    memory = plan_memory(run, config, world_size=world_size, device=device, backends=backends)
+    check_offload(memory, local_world_size=local_world_size)
     train_samples = data.train_dataset(seq_length=run.train.seq_length, seed=run.train.seed)
     valid_samples = data.valid_dataset(seq_length=run.train.seq_length)
     resume_from = _resume_from(run)
@@ -96,6 +113,7 @@ def plan(run: RunConfig, *, world_size: int, cache_dir: Path, device: torch.devi
         train_samples=train_samples,
         valid_samples=valid_samples,
         warnings=tuple(warnings),
+        memory=memory,
         resume_from=resume_from,
     )
 
@@ -129,13 +147,13 @@ def pretrain(plan: PretrainPlan, info: LaunchInfo, device: torch.device, *, samp
     if state.step >= train.steps:
         log.info(f"nothing left to train: {state.step} of {train.steps} steps are done (raise --steps to go on)")
     outputs = _outputs(plan)
-    state = _train(plan, engine, state, outputs)
+    state = _train(plan, engine, state, outputs, log)
     _conclude(plan, engine, log, outputs)
     _show_sample(plan, engine, log, sample_prompt)
     return engine
 
 
-def _train(plan: PretrainPlan, engine: Engine, state: TrainState, outputs: Outputs) -> TrainState:
+def _train(plan: PretrainPlan, engine: Engine, state: TrainState, outputs: Outputs, log: Log) -> TrainState:
     train, dp = plan.run.train, engine.mesh.dp
     loader = BatchLoader(
         plan.train_samples, global_batch_size=train.global_batch_size, dp_rank=dp.rank, dp_size=dp.size, prefetch=True
@@ -155,8 +173,9 @@ def _train(plan: PretrainPlan, engine: Engine, state: TrainState, outputs: Outpu
 
     try:
         return train_loop(
-            engine, plan.run, loader, language_model_loss, validate=validate, state=state, outputs=outputs
-        )
+            engine, plan.run, loader, language_model_loss, validate=validate, state=state, outputs=outputs,
+            memory=MemoryReport(engine, plan.memory, announce=log.info),
+        )  # fmt: skip
     finally:
         loader.close()
 
@@ -194,6 +213,7 @@ def _announce(plan: PretrainPlan, mesh: Mesh, log: Log) -> None:
         f"{mesh.world.size} ranks = tp {mesh.tp.size} x pp {mesh.pp.size} x dp {mesh.dp.size} on {mesh.device.type}; "
         f"one step = {run.train.global_batch_size} sequences of {run.train.seq_length} tokens"
     )
+    log.info(format_memory_table(plan.memory, capacity=device_capacity(mesh.device)))
 
 
 def _conclude(plan: PretrainPlan, engine: Engine, log: Log, outputs: Outputs) -> None:
