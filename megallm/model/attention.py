@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
         if self.q_norm is None and context.cache is None and context.mask is None and keep is None:
             return rotary_attention(
                 qkv, rotary, num_heads=heads, batch_size=context.batch_size, sliding_window=window,
-                in_place=not self._recompute, backends=backends,
+                documents=context.documents, in_place=not self._recompute, backends=backends,
             )  # fmt: skip
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -91,7 +91,9 @@ class SelfAttention(nn.Module):
         if context.cache is not None:
             k, v = context.cache.update(self._layer, k, v)
         keep = None if keep is None else keep.to(q.dtype)
-        out = attention(q, k, v, sliding_window=window, mask=context.mask, keep=keep, backends=backends)
+        out = attention(
+            q, k, v, sliding_window=window, mask=context.mask, keep=keep, documents=context.documents, backends=backends
+        )  # fmt: skip
         return out.view(-1, heads * dim)
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from megallm.ops.documents import Documents
 from megallm.parallel import random
 
 
@@ -64,6 +65,8 @@ class TokenContext:
     """[T] int64; None = 0 .. S-1 in every sequence."""
     num_positions: int | None = None
     """All position_ids are below this; None = below max_position_embeddings."""
+    documents: Documents | None = None
+    """What attends to itself alone; None = whole sequences."""
     dropout: Dropout | None = None
     """None = no dropout (evaluation, or all rates 0)."""
     cache: Cache | None = None

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from megallm.ops.backends import DEFAULT, FLASH_ATTENTION_4, Backends, flash_attention_module
+from megallm.ops.documents import Documents
 from megallm.ops.rope import rope
 
 
@@ -42,11 +43,13 @@ def rotary_attention(
     num_heads: int,
     batch_size: int,
     sliding_window: int | None = None,
+    documents: Documents | None = None,
     in_place: bool = False,
     backends: Backends = DEFAULT,
 ) -> torch.Tensor:
     """Causal self-attention of each sequence from its packed projection: qkv [T, N + 2K, D] -> [T, N * D].
 
+    `documents`: what attends to itself alone; None = whole sequences.
     `rotary`: cos and sin [T, D/2], applied to q and k; None = no rotary embedding. `in_place=True` allows a back end to
     rotate q and k inside `qkv`, which the caller must not read again (nor recompute from).
     """
@@ -55,7 +58,7 @@ def rotary_attention(
         cos, sin = rotary if rotary is not None else (None, None)
         if rotary is not None:
             backends.take("rope", name, "in place, in front of its attention")
-        out = _RotaryAttention.apply(qkv, cos, sin, num_heads, batch_size, sliding_window or 0, in_place)
+        out = _RotaryAttention.apply(qkv, cos, sin, num_heads, batch_size, sliding_window or 0, documents, in_place)
         return out.flatten(1)
     num_kv_heads = (qkv.size(1) - num_heads) // 2
     qk, v = qkv.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
@@ -63,7 +66,7 @@ def rotary_attention(
         qk = rope(qk, *rotary, backends=backends)
     q, k = qk.split([num_heads, num_kv_heads], dim=1)
     q, k, v = (t.unflatten(0, (batch_size, -1)) for t in (q, k, v))
-    return attention(q, k, v, sliding_window=sliding_window, backends=backends).flatten(0, 1)
+    return attention(q, k, v, sliding_window=sliding_window, documents=documents, backends=backends).flatten(0, 1)
 
 
 def takes_rotary(backends: Backends) -> bool:
@@ -79,20 +82,24 @@ def attention(
     sliding_window: int | None = None,
     mask: torch.Tensor | None = None,
     keep: torch.Tensor | None = None,
+    documents: Documents | None = None,
     backends: Backends = DEFAULT,
 ) -> torch.Tensor:
     """Attention of q [B, S, N, D] over k, v [B, L, K, D] -> [B, S, N * D].
 
-    Without `mask` it is causal (S = L), limited to `sliding_window` positions if given. `mask` [B or 1, 1, S, L] bool
-    (true = visible) replaces both. `keep` [B, N, S, L] multiplies the probabilities (dropout).
+    Without `mask` it is causal (S = L), limited to `sliding_window` positions and to `documents` if given. `mask`
+    [B or 1, 1, S, L] bool (true = visible) replaces these. `keep` [B, N, S, L] multiplies the probabilities (dropout).
     """
+    assert mask is None or documents is None
     name = backends.pick("attention", q, q.size(-1))
     if name != "torch" and (mask is not None or keep is not None):
         name = backends.take("attention", "torch", "with a mask of its own" if mask is not None else "with dropout")
     if name == "triton":
-        return _triton_attention(q, k, v, sliding_window or 0)
+        return _triton_attention(q, k, v, sliding_window or 0, documents)
     if name == "flash-attn":
-        return _flash_attention(q, k, v, sliding_window)
+        return _flash_attention(q, k, v, sliding_window, documents)
+    if documents is not None:
+        return _torch_attention_by_document(q, k, v, documents, sliding_window=sliding_window, keep=keep)
     return _torch_attention(q, k, v, sliding_window=sliding_window, mask=mask, keep=keep)
 
 
@@ -125,28 +132,64 @@ def _torch_attention(
     return out.transpose(1, 2).reshape(out.size(0), out.size(2), -1)
 
 
-def _triton_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+def _torch_attention_by_document(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: Documents,
+    *,
+    sliding_window: int | None,
+    keep: torch.Tensor | None,
+) -> torch.Tensor:
+    """One after another: no work on what is not seen, and not a bit of one document depends on another."""
+    seq_length, done, outs = q.size(1), 0, []
+    for parts in zip(*(t.flatten(0, 1).split(documents.lengths) for t in (q, k, v)), strict=True):
+        row, start = divmod(done, seq_length)
+        done += parts[0].size(0)
+        stop = start + parts[0].size(0)
+        own = None if keep is None else keep[row : row + 1, :, start:stop, start:stop]
+        each = (t.unsqueeze(0) for t in parts)
+        outs.append(_torch_attention(*each, sliding_window=sliding_window, mask=None, keep=own).squeeze(0))
+    return torch.cat(outs).view(q.size(0), seq_length, -1)
+
+
+def _triton_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, documents: Documents | None
+) -> torch.Tensor:
     from megallm_kernels.attention import attention as triton_attention
 
-    batch_size, num_queries, num_keys = q.size(0), q.size(1), k.size(1)
+    sequences = (None, None, q.size(0), q.size(1), k.size(1)) if documents is None else _sequences(documents)
     flat = (t.flatten(0, 1) for t in (q, k, v))
     scale = 1.0 / math.sqrt(q.size(-1))
-    out, _ = triton_attention(
-        *flat, None, None, batch_size, num_queries, num_keys, True, window, 0.0, scale,
-        torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
-    return out.view(batch_size, num_queries, -1)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    out, _ = triton_attention(*flat, *sequences, True, window, 0.0, scale, deterministic)
+    return out.view(q.size(0), q.size(1), -1)
 
 
-def _flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
+def _sequences(documents: Documents) -> tuple[torch.Tensor, torch.Tensor, int, int, int]:
+    """As the Triton kernels take them: offsets of queries and keys, number, longest."""
+    longest = documents.longest
+    return documents.offsets, documents.offsets, len(documents.lengths), longest, longest
+
+
+def _flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sliding_window: int | None, documents: Documents | None
+) -> torch.Tensor:
     """flash-attn 4 or 2, as `flash_attention_module` finds them; both take [B, S, heads, D]."""
     module, _ = flash_attention_module(q.device)
     none = None if module == FLASH_ATTENTION_4 else -1
     window = (none, none) if sliding_window is None else (sliding_window - 1, 0)
-    options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
-    out = importlib.import_module(module).flash_attn_func(q, k, v, causal=True, window_size=window, **options)
+    options: dict[str, Any] = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    options |= {"causal": True, "window_size": window}
+    functions = importlib.import_module(module)
+    if documents is None:
+        out = functions.flash_attn_func(q, k, v, **options)
+    else:
+        options |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), documents.offsets)
+        options |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), documents.longest)
+        out = functions.flash_attn_varlen_func(*(t.flatten(0, 1) for t in (q, k, v)), **options)
     out = out[0] if isinstance(out, tuple) else out
-    return out.flatten(2)
+    return out.view(q.size(0), q.size(1), -1)
 
 
 class _RotaryAttention(torch.autograd.Function):
@@ -161,6 +204,7 @@ class _RotaryAttention(torch.autograd.Function):
         num_heads: int,
         batch_size: int,
         window: int,
+        documents: Documents | None,
         in_place: bool,
     ) -> torch.Tensor:
         from megallm_kernels.attention import packed_attention
@@ -173,7 +217,8 @@ class _RotaryAttention(torch.autograd.Function):
         length = qkv.size(0) // max(batch_size, 1)
         scale = 1.0 / math.sqrt(qkv.size(2))
         deterministic = torch.are_deterministic_algorithms_enabled()
-        settings = (num_heads, None, None, batch_size, length, length, True, window, 0.0, scale, deterministic)
+        sequences = (None, None, batch_size, length, length) if documents is None else _sequences(documents)
+        settings = (num_heads, *sequences, True, window, 0.0, scale, deterministic)
         out, lse = packed_attention(qkv, *settings)
         ctx.save_for_backward(qkv, out, lse, cos, sin)
         ctx.settings, ctx.num_rotated = settings, num_rotated
@@ -188,4 +233,4 @@ class _RotaryAttention(torch.autograd.Function):
         dqkv = packed_attention_backward(dout, qkv, out, lse, None, *ctx.settings)
         if cos is not None:
             rope_(dqkv[:, : ctx.num_rotated], cos, sin, None, None, True)
-        return dqkv, None, None, None, None, None, None
+        return dqkv, None, None, None, None, None, None, None

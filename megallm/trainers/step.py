@@ -18,6 +18,7 @@ import torch
 
 from megallm.model.context import Dropout, TokenContext
 from megallm.model.transformer import Transformer
+from megallm.ops.documents import Documents
 from megallm.optim.clip import GradientNorm, clip_divisor, global_norm
 from megallm.optim.gradients import Gradients
 from megallm.optim.optimizer import Optimizer
@@ -126,11 +127,15 @@ def train_step(
 def split_batch(
     batch: Batch, num_microbatches: int, *, mesh: Mesh, dropout_key: int | None = None
 ) -> Sequence[Microbatch]:
-    """The rank's batch as equal microbatches on the mesh's device, in order."""
+    """The rank's batch as equal microbatches on the mesh's device, in order.
+
+    `document_ids` [B, S], on the CPU, of packed sequences: runs of equal numbers attend to themselves alone.
+    """
     size = batch["input_ids"].size(0)
+    documents = batch["document_ids"].chunk(num_microbatches) if "document_ids" in batch else None
     if size % num_microbatches:
         raise ValueError(f"a batch of {size} sequences does not split into {num_microbatches} equal microbatches")
-    batch = {name: tensor.to(mesh.device, non_blocking=True) for name, tensor in batch.items()}
+    batch = {n: t.to(mesh.device, non_blocking=True) for n, t in batch.items() if n != "document_ids"}
     if "sample_ids" not in batch:
         batch["sample_ids"] = mesh.dp.rank * size + torch.arange(size, device=mesh.device)
     parts = {name: tensor.chunk(num_microbatches) for name, tensor in batch.items()}
@@ -142,6 +147,7 @@ def split_batch(
             batch_size=part["input_ids"].size(0),
             seq_length=part["input_ids"].size(1),
             position_ids=None if positions is None else positions.reshape(-1),
+            documents=None if documents is None else Documents.of(documents[index], mesh.device),
             dropout=None if dropout_key is None else Dropout(key=dropout_key, sample_ids=part["sample_ids"]),
         )
         microbatches.append(Microbatch(index=index, batch=part, context=context))
