@@ -92,8 +92,8 @@ def test_a_run_that_its_host_cannot_hold_is_refused(tmp_path: Path, monkeypatch:
     run = offloading(tmp_path)
     monkeypatch.setattr(memory, "available_host_memory", lambda: 50 * MIB)
     found = pretrain.plan(run, world_size=1, cache_dir=tmp_path)
-    needed = found.memory.host.total
-    assert needed == 16 * (found.memory.device.parameters or 0) // 4  # fp32: weights, sums, two moments
+    needed = found.job.memory.host.total
+    assert needed == 16 * (found.job.memory.device.parameters or 0) // 4  # fp32: weights, sums, two moments
     with pytest.raises(ValueError, match=r"offload needs 0.\d GiB .* each of 8 ranks.* but 0.0 GiB are available"):
         pretrain.plan(run, world_size=8, local_world_size=8, cache_dir=tmp_path)
 

@@ -25,7 +25,7 @@ from megallm.monitor.throughput import Throughput, memory_gib
 from megallm.optim.lr_schedule import learning_rate_at
 from megallm.trainers.bad_steps import BadSteps
 from megallm.trainers.engine import Engine
-from megallm.trainers.losses import Batch, LossFunction
+from megallm.trainers.losses import Batch, LossFunction, count_labels
 from megallm.trainers.memory import MemoryReport
 from megallm.trainers.step import StepResult
 
@@ -35,6 +35,10 @@ class Loader(Protocol):
 
     def batch(self, consumed_samples: int) -> Batch:
         """This dp rank's part of the batch."""
+        ...
+
+    def close(self) -> None:
+        """Ends what it runs in the background."""
         ...
 
 
@@ -54,6 +58,7 @@ def train_loop(
     loader: Loader,
     loss_fn: LossFunction,
     *,
+    count_fn: Callable[[Batch], torch.Tensor] = count_labels,
     validate: Callable[[], float] | None,
     state: TrainState,
     outputs: Outputs,
@@ -65,7 +70,7 @@ def train_loop(
         learning_rate = learning_rate_at(step, config=run.optim, total_steps=run.train.steps)
         batch = loader.batch(loop.state.consumed_samples)
         with nullcontext() if memory is None else memory.step():
-            result = engine.train_step(batch, loss_fn, learning_rate=learning_rate)
+            result = engine.train_step(batch, loss_fn, learning_rate=learning_rate, count_fn=count_fn)
         loop.after_step(result, learning_rate)
     loop.close()
     return loop.state

@@ -1,0 +1,209 @@
+"""What the programs that train have in common: a checked plan, ranks, an engine, the loop, and what is left behind.
+
+A trainer brings its data, its loss and what it validates:
+
+    plan = plan_job(run, source=..., config=..., tokenizer=..., ...)      everything a user can get wrong, no ranks yet
+    engine = run_job(plan, info, device, loader=..., loss_fn=..., validate=...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megallm.checkpoint import sharded
+from megallm.checkpoint.sharded import TrainState
+from megallm.config.backends import parse_backends
+from megallm.config.check import check_run
+from megallm.config.flags import format_config
+from megallm.config.model import ModelConfig
+from megallm.config.resolve import resolve_run
+from megallm.config.run import RunConfig
+from megallm.config.serialize import to_plain
+from megallm.data.tokenizer import Tokenizer
+from megallm.model.counts import parameter_counts
+from megallm.model.fp8 import check_fp8
+from megallm.model.fused import check_backends, check_names
+from megallm.monitor.memory_table import format_memory_table
+from megallm.monitor.plots import plot_loss
+from megallm.ops.backends import Backends
+from megallm.ops.fp8 import fp8_recipe
+from megallm.parallel.mesh import Mesh, start_process_group
+from megallm.pipeline.partition import partition_layers
+from megallm.planner.memory import MemoryPlan
+from megallm.runtime.environment import LaunchInfo
+from megallm.runtime.logging import Log
+from megallm.trainers.engine import DTYPES, Engine
+from megallm.trainers.loop import Loader, Outputs, train_loop
+from megallm.trainers.losses import Batch, LossFunction, count_labels
+from megallm.trainers.memory import MemoryReport, check_offload, device_capacity, plan_memory
+from megallm.trainers.source import ModelSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPlan:
+    """A run that has been checked."""
+
+    run: RunConfig
+    """Resolved: no `auto` left."""
+    source: ModelSource
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    warnings: tuple[str, ...]
+    memory: MemoryPlan
+    """Of the rank that needs most."""
+    resume_from: Path | None
+
+
+def check_shape(run: RunConfig, config: ModelConfig, *, world_size: int, device: torch.device) -> None:
+    """ValueError for what is wrong whatever the data: called before minutes are spent on them."""
+    check_run(run, config, world_size)
+    partition_layers(config.num_hidden_layers, run.parallel.pp * run.parallel.virtual_stages)
+    check_fp8(fp8_recipe(run.numerics), config, tp=run.parallel.tp, device=device)
+
+
+def plan_job(
+    run: RunConfig,
+    *,
+    source: ModelSource,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    world_size: int,
+    local_world_size: int,
+    device: torch.device,
+) -> JobPlan:
+    """The checked run of `config`, source's shape as the data made it. ValueError or FileNotFoundError, one message.
+
+    local_world_size: ranks that share this node's memory.
+    """
+    run = resolve_run(run)
+    warnings = check_run(run, config, world_size)
+    warnings += check_fp8(fp8_recipe(run.numerics), config, tp=run.parallel.tp, device=device)
+    backends = Backends(parse_backends(run.backend), announce=lambda line: None)
+    check_names(backends, config)
+    check_backends(backends, config, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision])
+    memory = plan_memory(run, config, world_size=world_size, device=device, backends=backends)
+    check_offload(memory, local_world_size=local_world_size)
+    resume_from = _resume_from(run)
+    if resume_from is not None and sharded.read_model_config(resume_from) != config:
+        raise ValueError(
+            f"{resume_from} holds a checkpoint of another model or tokenizer: give another --save, or the --model and "
+            "--data it was made with"
+        )
+    return JobPlan(
+        run=run, source=source, config=config, tokenizer=tokenizer, warnings=tuple(warnings), memory=memory,
+        resume_from=resume_from,
+    )  # fmt: skip
+
+
+def run_job(
+    plan: JobPlan,
+    info: LaunchInfo,
+    device: torch.device,
+    *,
+    loader: Callable[[Engine], Loader],
+    loss_fn: LossFunction,
+    validate: Callable[[Engine], Callable[[], float] | None],
+    count_fn: Callable[[Batch], torch.Tensor] = count_labels,
+) -> Engine:
+    """Trains as planned; leaves checkpoints, metrics and a plot in the save directory. A collective of the job.
+
+    loader, validate: what gives batches, and the validation loss (None = there is none), on this rank's engine.
+    """
+    run, log = plan.run, Log(info.rank)
+    start_process_group(rank=info.rank, world_size=info.world_size, device=device)
+    engine = _build(plan, device, log)
+    _announce(plan, engine.mesh, log)
+    state = _start(plan, engine, log)
+    outputs = _outputs(run)
+    with closing(loader(engine)) as batches:
+        train_loop(
+            engine, run, batches, loss_fn, count_fn=count_fn, validate=validate(engine), state=state, outputs=outputs,
+            memory=MemoryReport(engine, plan.memory, announce=log.info),
+        )  # fmt: skip
+    _conclude(plan, engine, log, outputs)
+    return engine
+
+
+def _build(plan: JobPlan, device: torch.device, log: Log) -> Engine:
+    run, parallel, train = plan.run, plan.run.parallel, plan.run.train
+    mesh = Mesh.build(
+        tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, shard_size=parallel.zero_shard_size, device=device
+    )
+    return Engine(
+        plan.config,
+        mesh,
+        parallel=parallel,
+        optim=run.optim,
+        micro_batch_size=train.micro_batch_size,
+        precision=run.numerics,
+        recompute=train.recompute,
+        seed=train.seed,
+        backends=Backends(parse_backends(run.backend), announce=lambda line: log.info(f"kernel {line}")),
+    )
+
+
+def _start(plan: JobPlan, engine: Engine, log: Log) -> TrainState:
+    state = TrainState(step=0, consumed_samples=0, tokens=0)
+    if plan.resume_from is not None:
+        state = engine.load(str(plan.resume_from))
+        log.info(f"resumed from {plan.resume_from}: step {state.step}, {state.tokens:,} tokens")
+    else:
+        plan.source.load_weights(engine)
+    steps = plan.run.train.steps
+    if state.step >= steps:
+        log.info(f"nothing left to train: {state.step} of {steps} steps are done (raise --steps to go on)")
+    return state
+
+
+def _resume_from(run: RunConfig) -> Path | None:
+    if run.checkpoint.load is not None:
+        found = sharded.latest(run.checkpoint.load)
+        if found is None:
+            raise FileNotFoundError(f"{run.checkpoint.load} holds no complete checkpoint to load")
+        return found
+    return None if run.checkpoint.save is None else sharded.latest(run.checkpoint.save)
+
+
+def _outputs(run: RunConfig) -> Outputs:
+    save, metrics = run.checkpoint.save, run.train.metrics_file
+    root = None if save is None else Path(save)
+    if metrics is not None:
+        metrics_path: Path | None = Path(metrics)
+    else:
+        metrics_path = None if root is None else root / "metrics.jsonl"
+    return Outputs(metrics=metrics_path, checkpoints=root, settings=to_plain(run))
+
+
+def _announce(plan: JobPlan, mesh: Mesh, log: Log) -> None:
+    run, config = plan.run, plan.config
+    log.info(format_config(run))
+    for warning in plan.warnings:
+        log.warning(warning)
+    count = parameter_counts(config).total
+    log.info(
+        f"{config.family} model, {count / 1e6:.1f}M parameters, {config.num_hidden_layers} layers, hidden "
+        f"{config.hidden_size}, vocabulary {config.vocab_size}"
+    )
+    log.info(
+        f"{mesh.world.size} ranks = tp {mesh.tp.size} x pp {mesh.pp.size} x dp {mesh.dp.size} on {mesh.device.type}; "
+        f"one step = {run.train.global_batch_size} sequences of {run.train.seq_length} tokens"
+    )
+    log.info(format_memory_table(plan.memory, capacity=device_capacity(mesh.device)))
+
+
+def _conclude(plan: JobPlan, engine: Engine, log: Log, outputs: Outputs) -> None:
+    if engine.mesh.world.rank != 0 or outputs.metrics is None or not outputs.metrics.is_file():
+        return
+    plot = outputs.metrics.with_name("loss.png")
+    plot_loss(outputs.metrics, plot, title=f"{plan.config.family}, {plan.run.train.steps} steps")
+    if outputs.checkpoints is not None and plan.tokenizer is not None:
+        plan.tokenizer.save(outputs.checkpoints)
+    log.info(f"loss plot   {plot}")
+    log.info(f"metrics     {outputs.metrics}")
+    if outputs.checkpoints is not None:
+        log.info(f"checkpoint  {sharded.latest(outputs.checkpoints)}")
