@@ -41,7 +41,7 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 _MARKS_VARIABLE = "generation_marks_"
 _NONCHARACTERS = range(0xFDD0, 0xFDF0)
 """Code points that stand for no character in any text (Unicode 23.7)."""
-_PROBE = "the answer"
+_PROBES = ("a question", "the answer", "one more")
 
 
 class TemplateRefusal(ValueError):
@@ -80,6 +80,7 @@ class ChatTemplate:
             )
         self.uses_date = any(name.name == "strftime_now" for name in tree.find_all(jinja2.nodes.Name))
         """Whether the text depends on the date."""
+        self._has_prompt_flag = "add_generation_prompt" in used
         calls = tree.find_all(jinja2.nodes.Call)
         self.has_generation_marks = any(isinstance(call.node, jinja2.nodes.ExtensionAttribute) for call in calls)
         """Whether it says with {% generation %} what is the model's."""
@@ -126,8 +127,11 @@ class ChatTemplate:
         except Exception as error:  # it is a program: anything can come out of it
             raise ValueError(f"{self.name} fails: {type(error).__name__}: {error}") from error
 
-    def render_with_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[Span]]:
+    def render_with_spans(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any
+    ) -> tuple[str, list[Span]]:
         """The text of a conversation and the characters of its {% generation %} blocks, in order."""
+        variables = {**variables, "add_generation_prompt": add_generation_prompt}
         text = self.render(messages, **variables)
         opening, closing = _unused_pair(text)
         marked = self.render(messages, **{**variables, _MARKS_VARIABLE: (opening, closing)})
@@ -147,17 +151,19 @@ class ChatTemplate:
 
     @cached_property
     def answer_tail(self) -> tuple[str, str]:
-        """What follows the last answer of a conversation: what ends the turn, and the rest. ("<|im_end|>", "\\n") of
-        chatml; ("", "") if nothing ends a turn."""
+        """What follows the last answer of a conversation: what ends the turn, and the rest, which is not the model's.
+        ("<|im_end|>", "\\n") of chatml; ("", "") if nothing ends a turn."""
+        question, answer = Message("user", _PROBES[0]), Message("assistant", _PROBES[1])
         try:
-            text = self.render([Message("user", "a question"), Message("assistant", _PROBE)])
-        except TemplateRefusal:  # of this conversation: others may do
+            text = self.render([question, answer])
+            longer = self.render([question, answer, Message("user", _PROBES[2]), answer])
+        except TemplateRefusal:  # of these conversations: others may do
             return "", ""
-        if _PROBE not in text:
-            raise ValueError(f"{self.name} does not show the answer of a conversation of two messages")
-        tail = text[text.rindex(_PROBE) + len(_PROBE) :]
-        found = re.match(r"\s*\S[^\n]*", tail)
-        end = found[0].rstrip() if found else ""
+        if _PROBES[1] not in text or not all(probe in longer for probe in _PROBES):
+            raise ValueError(f"{self.name} does not show the messages of a conversation of two turns")
+        tail = text[text.rindex(_PROBES[1]) + len(_PROBES[1]) :]
+        between = longer[longer.index(_PROBES[1]) + len(_PROBES[1]) : longer.index(_PROBES[2])]
+        end = _turn_end(tail, between, before=text[: text.index(_PROBES[0])], has_prompt_flag=self._has_prompt_flag)
         return end, tail[len(end) :] if end else ""
 
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
@@ -238,6 +244,28 @@ def _to_json(
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(f"namespace({name}=...): names of a namespace begin with a letter")
+
+
+def _turn_end(tail: str, between: str, *, before: str, has_prompt_flag: bool) -> str:
+    """What ends an answer, from what follows the `tail` of the last one, what stands `between` one and the next
+    question, and what stands `before` the first question."""
+    if between.startswith(tail.rstrip()):
+        return tail.rstrip()
+    if has_prompt_flag:  # the last answer ends otherwise, or the conversation has an end of its own behind it (Phi-3)
+        found = re.match(r"\s*\S[^\n]*", tail)
+        return found[0].rstrip() if found else ""
+    # A generation prompt is always there (Llama 3's first template): what is left of `between` without the heading of a
+    # question, to the end of the mark that it stops in.
+    heading = len(_common_prefix(between[::-1], before[::-1]))
+    end = _common_prefix(between[: len(between) - heading], tail)
+    if end.rfind("<") > end.rfind(">"):
+        end = tail[: tail.find(">", len(end)) + 1]
+    return end.rstrip()
+
+
+def _common_prefix(first: str, second: str) -> str:
+    shorter = min(len(first), len(second))
+    return first[: next((at for at in range(shorter) if first[at] != second[at]), shorter)]
 
 
 def _unused_pair(text: str) -> tuple[str, str]:

@@ -92,6 +92,11 @@ class Dropped:
         self.counts[reason] = self.counts.get(reason, 0) + count
         self.first.setdefault(reason, where)
 
+    def add_row(self, reason: Exception, where: str) -> None:
+        """Count a row for which `reason` was raised."""
+        detail = reason.detail if isinstance(reason, Unusable) else ""
+        self.add(str(reason), ": ".join(part for part in (where, detail) if part))
+
     def update(self, other: Dropped) -> None:
         """Count the rows of `other` too."""
         for reason, count in other.counts.items():
@@ -109,11 +114,16 @@ class Dropped:
         for reason, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])):
             where = self.first[reason]
             parts.append(f"{count} {reason}" + (f" (first: {where})" if where else ""))
-        return f"{self.total} rows left out: " + ", ".join(parts)
+        return f"{self.total} row{'' if self.total == 1 else 's'} left out: " + ", ".join(parts)
 
 
 class Unusable(Exception):
     """A well-formed row that cannot be trained on; the message is the reason it is counted under."""
+
+    def __init__(self, reason: str, *, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+        """What to say of the first such row."""
 
 
 def check_conversation(messages: Messages) -> Messages:

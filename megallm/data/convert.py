@@ -116,7 +116,7 @@ def _convert_all(records: Iterable[Row], convert: Callable[[Row], Made]) -> tupl
         try:
             made.append(convert(record))
         except Unusable as reason:
-            dropped.add(str(reason), _where(record))
+            dropped.add_row(reason, _where(record))
     return made, dropped
 
 

@@ -118,13 +118,13 @@ def _split(found: Sequence[_Found], split: Split) -> list[_Found]:
 def _read_library() -> tuple[tuple[_Documented, ...], tuple[_Session, ...]]:
     """Every documented function and every doctest session with two answers and more, each once, in a fixed order that
     is by chance. Takes some seconds, once a process."""
-    functions: dict[tuple[str, str], _Documented] = {}
+    functions: dict[str, _Documented] = {}  # by signature: no prompt is on both sides, with two answers
     sessions: dict[str, _Session] = {}
     for module, tree in _modules():
         for owner, node in _walk(tree, ""):
             summary, signature = _summary(node), _signature(node, owner)
             if summary and len(signature) <= _SIGNATURE_CHARACTERS:
-                functions.setdefault((signature, summary), _Documented(module, signature, summary))
+                functions.setdefault(signature, _Documented(module, signature, summary))
         for each in ast.walk(tree):
             if isinstance(each, ast.Module | ast.ClassDef | _Function):
                 messages = _dialogue(ast.get_docstring(each) or "")

@@ -98,7 +98,7 @@ def conversation_examples(
             try:
                 examples.append(fit(example, max_length, overflow=overflow, where=conversation.where))
             except Unusable as reason:
-                dropped.add(str(reason), conversation.where)
+                dropped.add_row(reason, conversation.where)
     dropped.require(len(examples), "conversation")
     return examples, dropped
 
@@ -128,7 +128,7 @@ def comparison_groups(
             if len({example.input_ids.tobytes() for example in fitted}) < len(fitted):
                 raise Unusable("two answers equal within max_length")
         except Unusable as reason:
-            dropped.add(str(reason), row.where)
+            dropped.add_row(reason, row.where)
             continue
         ranks, margin = (row.ranks, None) if isinstance(row, Ranking) else ((0, 1), row.margin)
         groups.append(Group(examples=tuple(fitted), ranks=ranks, margin=margin))
@@ -208,8 +208,7 @@ def _source(
     if template is None:
         return text_source(messages, tokenizer, where=where)
     _check_marks(messages, tokenizer, template)
-    trained = [index for index, each in enumerate(messages) if index >= first and each.role == "assistant"]
-    return template_source(messages, template, trained=trained, where=where)
+    return template_source(messages, template, first=first, where=where)
 
 
 def _answers(row: Preference | Ranking) -> tuple[Messages, ...]:
@@ -249,11 +248,17 @@ def _encode(
             try:
                 planned.append((row, sources_of(row)))
             except (Unusable, TemplateRefusal) as reason:
-                dropped.add(str(reason), row.where)
+                dropped.add_row(reason, row.where)
         sources = [source for _, each in planned for source in each]
         encoded = iter(_encode_texts(sources, tokenizer))
         for row, each in planned:
-            yield row, [source.example([next(encoded) for _ in source.texts]) for source in each]
+            inputs = [[next(encoded) for _ in source.texts] for source in each]
+            try:
+                made = [source.example(own) for source, own in zip(each, inputs, strict=True)]
+            except Unusable as reason:
+                dropped.add_row(reason, row.where)
+                continue
+            yield row, made
 
 
 def _encode_texts(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Encoded]:

@@ -28,7 +28,8 @@ from megallm.data.permutation import hash_ints, permutation, permute
 
 PACK_WINDOW = 8192
 """Examples packed at a time. Best-fit decreasing sorts them by length: over a whole epoch it would put the same ones
-together every time. Of this many, with 8 or more to a row, under 0.1 % of the places stay empty."""
+together every time. Of 100,000 lengths (lognormal, mean 400) in rows of 4096, 0.08 % of the places stay empty; 0.16 %
+packed 4096 at a time, 0.54 % 1024 at a time, 0.01 % all at once."""
 
 _EXAMPLES, _PACKS = 1, 2
 """Which of the random orders of an epoch a hash is for."""

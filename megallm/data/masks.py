@@ -8,8 +8,8 @@ A mask belongs to the token that is the target. It is made from places in the te
 pad or end id inside an answer is a token like any other. Where the answers are is found in one of three ways:
 
     Marked      {% generation %} blocks of the template: characters, turned into tokens by the tokenizer's offsets
-    Prefixed    else: the conversation up to each answer and with it, rendered and tokenised again; refused where their
-                ids are not those that the whole begins with
+    Prefixed    else: the conversation up to each answer and with it, rendered and tokenised again; refused where these
+                are not what the whole begins with, in text and in ids
     TextPair    prompt and completion without a template: from where their ids leave those of the prompt alone
 
 A token that straddles the beginning of an answer holds a piece of it and is trained.
@@ -17,7 +17,7 @@ A token that straddles the beginning of an answer holds a piece of it and is tra
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megallm.data.chat_template import ChatTemplate, Span
-from megallm.data.conversation import Messages
+from megallm.data.conversation import Messages, Unusable
 from megallm.data.dataset import IGNORE_INDEX, Ids
 from megallm.data.tokenizer import Encoded, Tokenizer
 
@@ -76,7 +76,7 @@ class Source(Protocol):
         ...
 
     def example(self, encoded: Sequence[Encoded]) -> Example:
-        """The example, of the encoded `texts`. ValueError where no mask can be told."""
+        """The example, of the encoded `texts`. ValueError or Unusable where no mask can be told."""
         ...
 
 
@@ -125,27 +125,32 @@ class Prefixed:
         return (self.whole, *(text for turn in self.turns for text in (turn.prompt, turn.text)))
 
     def example(self, encoded: Sequence[Encoded]) -> Example:
-        """Trains from the end of each prompt to the end of its turn. ValueError unless both are token prefixes."""
+        """Trains from the end of each prompt to the end of its turn. ValueError where the template renders these
+        otherwise in the whole, Unusable where only tokens merge over their ends."""
         ids = encoded[0].ids
         mask = np.zeros(len(ids), dtype=np.bool_)
         for index, turn in enumerate(self.turns):
             before, upto = encoded[1 + 2 * index], encoded[2 + 2 * index]
             start, stop = len(before.ids), int(np.count_nonzero(upto.starts < turn.end))
-            self._check(turn, "before it", before.ids, ids)
-            self._check(turn, "up to its end", upto.ids[:stop], ids)
+            self._check(turn, "before it", turn.prompt, before.ids, ids)
+            self._check(turn, "up to its end", turn.text[: turn.end], upto.ids[:stop], ids)
             mask[start:stop] = True
         return _masked(ids, mask)
 
-    def _check(self, turn: Turn, part: str, prefix: TokenIds, ids: TokenIds) -> None:
+    def _check(self, turn: Turn, part: str, text: str, prefix: TokenIds, ids: TokenIds) -> None:
         if np.array_equal(prefix, ids[: len(prefix)]):
             return
         same = common_prefix_length(prefix, ids)
-        place = f"{self.where}: " if self.where else ""
+        runs = (
+            f"message {turn.number}: from token {same} on {prefix[same : same + 8].tolist()} alone, "
+            f"{ids[same : same + 8].tolist()} in the whole"
+        )
+        if self.whole.startswith(text):
+            raise Unusable("an answer whose tokens merge with its neighbours'", detail=runs)
         raise ValueError(
-            f"{place}message {turn.number}, an answer, cannot be told from the rest: {self.template_name} gives the "
-            f"conversation {part} other tokens than the whole begins with, from token {same} on: alone "
-            f"{prefix[same : same + 8].tolist()}, in the whole {ids[same : same + 8].tolist()}. Use a template with "
-            "{% generation %} marks, or the construction split, or last-turn"
+            f"{self.where}{': ' if self.where else ''}{self.template_name} renders the conversation {part} not as the "
+            f"whole begins, so that this answer cannot be told from the rest. {runs[0].upper()}{runs[1:]}. Use a "
+            "template with {% generation %} marks, or the construction split, or last-turn"
         )
 
 
@@ -176,30 +181,32 @@ class TextPair:
 
 
 def template_source(
-    messages: Messages, template: ChatTemplate, *, trained: Collection[int], where: str = ""
+    messages: Messages, template: ChatTemplate, *, first: int = 0, where: str = ""
 ) -> Marked | Prefixed:
-    """The conversation rendered by the template; the messages with the places `trained` (from 0) are the answers."""
+    """The conversation rendered by the template, its answers from message `first` on (counted from 0) to be trained."""
     turn_end, rest = template.answer_tail
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant" and index >= first]
     if not template.has_generation_marks:
         return Prefixed(
             whole=template.render(messages),
-            turns=tuple(_turn(messages, index, template, rest) for index in sorted(trained)),
+            turns=tuple(_turn(messages, index, template, rest) for index in answers),
             template_name=template.name,
             where=where,
         )
     text, spans = template.render_with_spans(messages)
-    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    if len(spans) != len(answers):
-        place = f"{where}: " if where else ""
+    # An answer may have several blocks: those of earlier answers are as many as there are in what precedes `first`.
+    before = messages[: answers[0]] if first else ()
+    earlier = len(template.render_with_spans(before, add_generation_prompt=True)[1]) if before else 0
+    if len(spans) - earlier < len(answers):
         raise ValueError(
-            f"{place}{template.name} marks {len(spans)} generations in a conversation of {len(answers)} answers: "
-            "{% generation %} must stand around each"
+            f"{where}{': ' if where else ''}{template.name} marks {len(spans) - earlier} generations for "
+            f"{len(answers)} answers: {{% generation %}} must stand around each"
         )
-    chosen = [span for span, index in zip(spans, answers, strict=True) if index in trained]
     # What ends the turn is trained too where a template has it behind the block: else no answer ever ends.
-    ends = [end + len(turn_end) if text.startswith(turn_end, end) else end for _, end in chosen]
-    return Marked(texts=(text,), spans=tuple((start, end) for (start, _), end in zip(chosen, ends, strict=True)),
-                  where=where)
+    chosen = tuple(
+        (start, end + len(turn_end) if text.startswith(turn_end, end) else end) for start, end in spans[earlier:]
+    )
+    return Marked(texts=(text,), spans=chosen, where=where)
 
 
 def text_source(messages: Messages, tokenizer: Tokenizer, *, where: str = "") -> TextPair:

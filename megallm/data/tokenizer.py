@@ -135,10 +135,11 @@ class Tokenizer:
         return None if token is None else str(token)
 
     def special_tokens(self) -> dict[str, str]:
-        """The marks that exist, by the names that chat templates know them by: `bos_token`, `eos_token`."""
+        """The marks that exist, by the names that chat templates know them by: `bos_token`, `eos_token`. Only control
+        tokens: in some vocabularies `<s>` is an ordinary token."""
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         tokens = {name: self.id_to_token(token_id) for name, token_id in named.items() if token_id is not None}
-        return {name: token for name, token in tokens.items() if token is not None}
+        return {name: token for name, token in tokens.items() if token is not None and token in self.control_tokens}
 
     def with_control_tokens(self, tokens: Iterable[str]) -> Tokenizer:
         """A copy that knows these texts as single ids, those of them that are new with ids after all others: what a
