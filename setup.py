@@ -171,6 +171,7 @@ setup(
         "tokenizers",
         "pyyaml",
         "matplotlib",
+        "jinja2>=3.1.6",
     ],
     extras_require={
         "test": ["pybind11>=2.12", "pytest", "ruff", "mypy", "transformers", "types-PyYAML", "psutil"],

@@ -6,5 +6,14 @@
       -> samples of S + 1 tokens       dataset.py, permutation.py, blend.py
       -> batches of this dp rank       loader.py
 
+Fine-tuning: rows of files to conversations, comparisons and prompts, to ids with masks.
+
+    .jsonl, .json, embedded rows       records.py, embedded.py
+      -> conversations, preferences    convert.py, conversation.py
+      -> text with marked answers      chat_template.py, templates.py
+      -> ids and what is trained       examples.py, masks.py, show.py
+      -> samples, packed or padded     finetune.py, packing.py
+      -> batches of this dp rank       loader.py
+
 The order of the samples is a function of (seed, number of samples consumed) and of nothing else.
 """

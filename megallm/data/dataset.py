@@ -16,7 +16,7 @@ S: seq_length.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ from megallm.data.indexed import IndexedDataset, Tokens
 from megallm.data.permutation import hash_ints, permute
 
 Ids: TypeAlias = "npt.NDArray[np.int64]"
+IGNORE_INDEX = -100
+"""Label of a position that is not trained on or counted."""
 
 _OFFSET, _ORDER = 1, 2
 """Which of the two random choices of an epoch a hash is for."""
@@ -39,6 +41,20 @@ class SampleSource(Protocol):
 
     def sample(self, index: int) -> tuple[Ids, Ids]:
         """(input_ids, labels) of sample `index` >= 0, both int64 [S]; labels[i] is the token after input_ids[i]."""
+        ...
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """An endless sequence of samples that are more than tokens and labels: it makes its batches itself."""
+
+    num_samples: int
+    """Samples of the first epoch."""
+
+    def collate(self, indices: range, *, num_samples: int, whole: range) -> dict[str, npt.NDArray[Any]]:
+        """The samples `indices` as arrays whose first dimensions are equal, each sample the same number of rows, filled
+        up with padding to `num_samples` samples. `whole`: the samples of the batch over all ranks, which decide what
+        all ranks must have in common, such as the length of rows."""
         ...
 
 

@@ -18,10 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from megallm.data.dataset import Ids, SampleSource
-
-IGNORE_INDEX = -100
-"""Label of a position that is not trained on or counted."""
+from megallm.data.dataset import IGNORE_INDEX, Ids, RowSource, SampleSource
 
 Batch = dict[str, torch.Tensor]
 
@@ -31,7 +28,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: SampleSource,
+        dataset: SampleSource | RowSource,
         *,
         global_batch_size: int,
         dp_rank: int = 0,
@@ -51,7 +48,7 @@ class BatchLoader:
         """The batch after `consumed_samples` samples of the whole job (step k of a constant batch size:
         k * global_batch_size), a function of that number only:
         input_ids int64 [B, S]; labels int64 [B, S], the next tokens; sample_ids int64 [B], places in the global
-        order."""
+        order. A RowSource makes rows of its own."""
         if consumed_samples < 0:
             raise ValueError(f"consumed_samples ({consumed_samples}) must not be negative")
         if self._executor is None:
@@ -76,7 +73,8 @@ class BatchLoader:
 
     def _read(self, consumed_samples: int) -> Batch:
         first = consumed_samples + self._first
-        return _stack(self._dataset, range(first, first + self.per_rank), rows=self.per_rank)
+        whole = range(consumed_samples, consumed_samples + self.global_batch_size)
+        return _stack(self._dataset, range(first, first + self.per_rank), rows=self.per_rank, whole=whole)
 
 
 class ValidationLoader:
@@ -84,7 +82,7 @@ class ValidationLoader:
 
     def __init__(
         self,
-        dataset: SampleSource,
+        dataset: SampleSource | RowSource,
         *,
         num_sequences: int,
         batch_size: int,
@@ -110,7 +108,8 @@ class ValidationLoader:
         for start in range(0, self.num_sequences, self._batch_size):
             first = start + self._first
             indices = range(first, max(first, min(first + self.per_rank, self.num_sequences)))
-            yield _stack(self._dataset, indices, rows=self.per_rank)
+            whole = range(start, min(start + self._batch_size, self.num_sequences))
+            yield _stack(self._dataset, indices, rows=self.per_rank, whole=whole)
 
 
 def _per_rank(batch_size: int, dp_rank: int, dp_size: int, name: str) -> int:
@@ -121,8 +120,11 @@ def _per_rank(batch_size: int, dp_rank: int, dp_size: int, name: str) -> int:
     return batch_size // dp_size
 
 
-def _stack(dataset: SampleSource, indices: range, *, rows: int) -> Batch:
+def _stack(dataset: SampleSource | RowSource, indices: range, *, rows: int, whole: range) -> Batch:
     """The samples of `indices` as a batch of `rows` rows, the last ones padding if there are fewer indices."""
+    if isinstance(dataset, RowSource):
+        arrays = dataset.collate(indices, num_samples=rows, whole=whole)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
     input_ids: Ids = np.zeros((rows, dataset.seq_length), dtype=np.int64)
     labels: Ids = np.full((rows, dataset.seq_length), IGNORE_INDEX, dtype=np.int64)
     sample_ids: Ids = np.full(rows, -1, dtype=np.int64)

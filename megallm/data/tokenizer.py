@@ -16,9 +16,12 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
@@ -28,6 +31,22 @@ _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
 """What published tokenizers call their marks; tried in this order where no file beside tokenizer.json names them."""
 _MIN_BPE_VOCAB = 257
 _LINE_CUTS = (("ab", "\r\nCd"), ("12", "\n  3"), ("def f():\n", "class"), (")\n", "("), ("a.\n", "\u00e9"))
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """The ids of a text and where they come from."""
+
+    ids: npt.NDArray[np.int32]
+    """[n]."""
+    starts: npt.NDArray[np.int64]
+    """[n]: the first character of each token's text."""
+    ends: npt.NDArray[np.int64]
+    """[n]: past its last character. Tokens that share a character (parts of its bytes) both have it."""
+
+    def overlapping(self, start: int, end: int) -> npt.NDArray[np.bool_]:
+        """[n]: the tokens that hold at least one character of [start, end)."""
+        return (self.starts < end) & (self.ends > start)
 
 
 class Tokenizer:
@@ -49,6 +68,9 @@ class Tokenizer:
         """The id that ends a document, None if there is none."""
         self.bos_id: int | None = _first_known(vocab, _BOS_NAMES) if bos_id is None else bos_id
         """The id that starts a document, None if there is none."""
+        added = inner.get_added_tokens_decoder()
+        self.control_tokens: tuple[str, ...] = tuple(added[key].content for key in sorted(added) if added[key].special)
+        """The texts that become one id of their own wherever they stand, marked as special in the file."""
 
     @classmethod
     def from_path(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -85,6 +107,20 @@ class Tokenizer:
             raise ValueError(f"the tokenizer cannot encode this text: {self._why(texts, error)}") from error
         return [encoding.ids for encoding in encodings]
 
+    def encode_batch_with_offsets(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[Encoded]:
+        """The ids of each text as `encode_batch` gives them, each with the characters of its text that it stands for:
+        a token without characters of its own in the file's offsets (blanks that some tokenizers trim from them) has
+        those since the token before it."""
+        try:
+            encodings = self._inner.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise ValueError(f"the tokenizer cannot encode this text: {self._why(texts, error)}") from error
+        return [_encoded(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def encode_with_offsets(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
+        """`encode_batch_with_offsets` of one text."""
+        return self.encode_batch_with_offsets([text], add_special_tokens=add_special_tokens)[0]
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`, without the special marks unless they are asked for."""
         return str(self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -92,6 +128,25 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         """The id of a token by its name, None if it has none."""
         return self._vocab.get(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The name of the token with this id, None if there is none."""
+        token = self._inner.id_to_token(token_id)
+        return None if token is None else str(token)
+
+    def special_tokens(self) -> dict[str, str]:
+        """The marks that exist, by the names that chat templates know them by: `bos_token`, `eos_token`. Only control
+        tokens: in some vocabularies `<s>` is an ordinary token."""
+        named = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        tokens = {name: self.id_to_token(token_id) for name, token_id in named.items() if token_id is not None}
+        return {name: token for name, token in tokens.items() if token is not None and token in self.control_tokens}
+
+    def with_control_tokens(self, tokens: Iterable[str]) -> Tokenizer:
+        """A copy that knows these texts as single ids, those of them that are new with ids after all others: what a
+        chat template's marks need. A model then needs `vocab_size` rows of the copy."""
+        inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+        return Tokenizer(inner, eos_id=self.eos_id, bos_id=self.bos_id)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write tokenizer.json (into `path` if it is a directory) and return its path; replaced in one step."""
@@ -175,6 +230,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     inner.train_from_iterator(texts, trainer=trainer)
     return Tokenizer(inner)
+
+
+def _encoded(ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
+    pairs = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    ends = np.maximum.accumulate(pairs[:, 1]) if len(pairs) else pairs[:, 1]
+    before = np.concatenate([np.zeros(min(1, len(ends)), dtype=np.int64), ends[:-1]])
+    starts = np.minimum(pairs[:, 0], before)  # blanks between two tokens belong to the later one
+    return Encoded(ids=np.array(ids, dtype=np.int32), starts=starts, ends=ends)
 
 
 def _make_byte_level(inner: tokenizers.Tokenizer) -> None:

@@ -1,0 +1,194 @@
+"""Embedded fine-tuning data: records made of the source of the Python standard library that runs.
+
+    instructions    a function's signature        -> the first line of its docstring          (alpaca)
+    dialogues       a doctest session: input lines -> what the interpreter prints, turn by turn (messages)
+    preferences     a signature: its own first line, over that of another function of the module (preference)
+    prompts         a signature                                                                 (prompt)
+
+Nothing is downloaded and nothing is run: sources are parsed. Modules are held out as a whole: of each package or module
+either all records are `train` or all `valid` (about a tenth), so that validation is on code never seen. Records and
+their order are a function of the Python version.
+"""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
+
+from megallm.data.corpus import read_corpus
+
+Split = Literal["train", "valid"]
+INSTRUCTION = "Write the first line of the docstring of this Python function."
+SYSTEM = "You are the Python interpreter. Answer with what the input prints."
+
+_KEY = "megallm-embedded-1"
+_VALID_PART = 10
+"""One module of this many is held out."""
+_SUMMARY_CHARACTERS = range(12, 121)
+_SIGNATURE_CHARACTERS = 240
+_MIN_ANSWERS = 2
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class _Documented:
+    """A function with a docstring."""
+
+    module: str
+    signature: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class _Session:
+    """A dialogue with the interpreter."""
+
+    module: str
+    messages: list[dict[str, str]]
+
+
+_Found = TypeVar("_Found", _Documented, _Session)
+
+
+def embedded_instructions(split: Split = "train") -> list[dict[str, Any]]:
+    """Alpaca records, thousands: instruction, input (a signature), output (the docstring's first line)."""
+    return [
+        {"instruction": INSTRUCTION, "input": each.signature, "output": each.summary}
+        for each in _split(_read_library()[0], split)
+    ]
+
+
+def embedded_dialogues(split: Split = "train") -> list[dict[str, Any]]:
+    """Messages records, over a hundred, of two and more answers each: the doctest sessions of docstrings."""
+    return [{"messages": [dict(message) for message in each.messages]} for each in _split(_read_library()[1], split)]
+
+
+def embedded_preferences(split: Split = "train") -> list[dict[str, Any]]:
+    """Preference records, thousands: the rejected text is as long as the chosen one, as nearly as the module has it, so
+    that length does not tell them apart."""
+    by_module: dict[str, list[_Documented]] = {}
+    for each in _read_library()[0]:
+        by_module.setdefault(each.module, []).append(each)
+    records = []
+    for each in _split(_read_library()[0], split):
+        others = [other for other in by_module[each.module] if other.summary != each.summary]
+        if others:
+            wrong = min(others, key=lambda other: _distance(each, other))
+            records.append({"prompt": _prompt(each), "chosen": each.summary, "rejected": wrong.summary})
+    return records
+
+
+def embedded_prompts(split: Split = "train") -> list[dict[str, Any]]:
+    """Prompt records: those of `embedded_preferences`, and of functions that have no other to compare with."""
+    return [{"prompt": _prompt(each)} for each in _split(_read_library()[0], split)]
+
+
+EMBEDDED: Mapping[str, Callable[[Split], list[dict[str, Any]]]] = {
+    "instructions": embedded_instructions,
+    "dialogues": embedded_dialogues,
+    "preferences": embedded_preferences,
+    "prompts": embedded_prompts,
+}
+
+
+def _prompt(function: _Documented) -> str:
+    return f"{INSTRUCTION}\n\n{function.signature}"
+
+
+def _distance(function: _Documented, other: _Documented) -> tuple[int, bytes]:
+    """How unlike the lengths of their summaries are; equal ones are ordered by chance, another one for each."""
+    return abs(len(other.summary) - len(function.summary)), _hash(f"{function.signature}:{other.signature}")
+
+
+def _split(found: Sequence[_Found], split: Split) -> list[_Found]:
+    """Those of the modules of one side."""
+    if split not in ("train", "valid"):
+        raise ValueError(f"split {split!r} is not known: use train or valid")
+    return [each for each in found if (_hash(each.module)[0] % _VALID_PART == 0) == (split == "valid")]
+
+
+@lru_cache(maxsize=1)
+def _read_library() -> tuple[tuple[_Documented, ...], tuple[_Session, ...]]:
+    """Every documented function and every doctest session with two answers and more, each once, in a fixed order that
+    is by chance. Takes some seconds, once a process."""
+    functions: dict[str, _Documented] = {}  # by signature: no prompt is on both sides, with two answers
+    sessions: dict[str, _Session] = {}
+    for module, tree in _modules():
+        for owner, node in _walk(tree, ""):
+            summary, signature = _summary(node), _signature(node, owner)
+            if summary and len(signature) <= _SIGNATURE_CHARACTERS:
+                functions.setdefault(signature, _Documented(module, signature, summary))
+        for each in ast.walk(tree):
+            if isinstance(each, ast.Module | ast.ClassDef | _Function):
+                messages = _dialogue(ast.get_docstring(each) or "")
+                if sum(message["role"] == "assistant" for message in messages) >= _MIN_ANSWERS:
+                    sessions.setdefault(repr(messages), _Session(module, messages))
+    return (
+        tuple(sorted(functions.values(), key=lambda each: _hash(f"{each.module}:{each.signature}:{each.summary}"))),
+        tuple(sorted(sessions.values(), key=lambda each: _hash(f"{each.module}:{each.messages}"))),
+    )
+
+
+def _dialogue(docstring: str) -> list[dict[str, str]]:
+    """The session of a docstring as messages; inputs that print nothing stand before the next that does."""
+    if ">>>" not in docstring:
+        return []
+    try:
+        steps = doctest.DocTestParser().get_examples(docstring)
+    except ValueError:  # not written as doctest wants it
+        return []
+    messages = [{"role": "system", "content": SYSTEM}]
+    typed: list[str] = []
+    for step in steps:
+        first, *others = step.source.rstrip("\n").split("\n")
+        typed += [f">>> {first}", *(f"... {line}".rstrip() for line in others)]
+        if printed := step.want.replace("<BLANKLINE>", "").rstrip("\n"):
+            messages.append({"role": "user", "content": "\n".join(typed)})
+            messages.append({"role": "assistant", "content": printed})
+            typed = []
+    return messages
+
+
+def _modules() -> Iterator[tuple[str, ast.Module]]:
+    """(package or module, syntax tree) of every source of the corpus that this Python parses."""
+    for name, text in read_corpus():
+        if name.startswith("lib/") and '"""' in text:
+            try:
+                yield re.split(r"[/.]", name)[1], ast.parse(text)
+            except SyntaxError:  # a template, or a file of another Python
+                continue
+
+
+def _walk(node: ast.AST, owner: str) -> Iterator[tuple[str, _Function]]:
+    """(class, function) of every function that is not inside another."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield from _walk(child, child.name)
+        elif isinstance(child, _Function):
+            yield owner, child
+        elif isinstance(child, ast.If | ast.Try | ast.With):
+            yield from _walk(child, owner)
+
+
+def _signature(node: _Function, owner: str) -> str:
+    kind = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    line = f"{kind} {node.name}({ast.unparse(node.args)}){returns}:"
+    return f"class {owner}:\n    {line}" if owner else line
+
+
+def _summary(node: _Function) -> str:
+    """The first line of the docstring, empty if it has none or one that says little or much."""
+    first = (ast.get_docstring(node) or "").strip().split("\n")[0].strip()
+    return first if len(first) in _SUMMARY_CHARACTERS and " " in first else ""
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(f"{_KEY}:{text}".encode()).digest()
