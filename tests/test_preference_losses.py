@@ -24,13 +24,12 @@ def pairs(num_pairs: int = 3, *, padding: bool = False) -> dict[str, torch.Tenso
     for row in range(rows):
         labels[row, : 1 + row % 2] = -100
         labels[row, 3 + row % 3 :] = -100
-    prompts = torch.arange(num_pairs).repeat_interleave(2)
+    ranks = torch.arange(rows) % 2
     if padding:
-        prompts[-2:], labels[-2:] = -1, -100
+        ranks[-2:], labels[-2:] = -1, -100
     return {
         "labels": labels,
-        "prompt_ids": prompts,
-        "ranks": torch.arange(rows) % 2,
+        "ranks": ranks,
         "ref_logprobs": -torch.rand(rows, generator=generator) * 9,
         "logits": torch.randn(rows * S, V, generator=generator, dtype=torch.float64) * 2,
     }
@@ -106,9 +105,9 @@ def responses() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prompts with 3, 2 and 4 ranked responses, shuffled in no way, and one row of padding."""
     values = torch.randn(10, S, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     batch = {
-        "prompt_ids": torch.tensor([7, 7, 7, 9, 9, 4, 4, 4, 4, -1]),
-        "ranks": torch.tensor([0, 1, 2, 0, 1, 0, 1, 2, 3, 0]),
-        "last_token": torch.tensor([5, 1, 0, 3, 3, 2, 5, 4, 1, 0]),
+        "sample_ids": torch.tensor([7, 7, 7, 9, 9, 4, 4, 4, 4, 4]),
+        "ranks": torch.tensor([0, 1, 2, 0, 1, 0, 1, 2, 3, -1]),
+        "lengths": torch.tensor([6, 2, 1, 4, 4, 3, 6, 5, 2, 0]),
     }
     return values, batch
 
@@ -117,7 +116,7 @@ def responses() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("has_margins", [False, True])
 def test_reward_is_the_mean_over_all_pairs_of_a_prompt(centering: float, has_margins: bool) -> None:
     values, batch = responses()
-    margins = torch.linspace(0, 0.9, 10, dtype=torch.float64) if has_margins else torch.zeros(10)
+    margins = torch.tensor([0.3] * 3 + [0.7] * 2 + [0.1] * 5, dtype=torch.float64) * has_margins
     if has_margins:
         batch["margins"] = margins
     total, count, metrics = RewardLoss(centering=centering)(values, batch)
@@ -136,7 +135,7 @@ def test_reward_is_the_mean_over_all_pairs_of_a_prompt(centering: float, has_mar
 
 def test_scores_far_apart_do_not_overflow() -> None:
     batch = {
-        "prompt_ids": torch.tensor([0, 0]), "ranks": torch.tensor([0, 1]), "last_token": torch.tensor([0, 0]),
+        "sample_ids": torch.tensor([0, 0]), "ranks": torch.tensor([0, 1]), "lengths": torch.tensor([1, 1]),
     }  # fmt: skip
     values = torch.tensor([[-1e4], [1e4]], requires_grad=True)
     total, _, _ = RewardLoss()(values, batch)

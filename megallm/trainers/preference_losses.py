@@ -1,7 +1,8 @@
 """Losses on preferences: DPO and its relatives, and the Bradley-Terry loss of reward models.
 
-A batch holds responses, rows of B sequences; rows with the same `prompt_ids` answer one prompt and lie in one
-microbatch, best first (`ranks` 0, 1, ...). A sum counts prompts: rows of padding have prompt_ids -1.
+A batch holds responses, B rows as data/finetune.py's PairDataset makes them: rows with the same `sample_ids` answer one
+prompt and lie in one microbatch, best first (`ranks` 0, 1, ...; -1 in rows that only fill up, whose labels are -100).
+Sums count prompts.
 
 Letters: B sequences, S positions; c chosen, r rejected; d = log-probability of a response under the policy minus that
 under the reference.
@@ -23,7 +24,7 @@ DpoKind = Literal["sigmoid", "ipo", "hinge"]
 
 def count_prompts(batch: Batch) -> torch.Tensor:
     """0-d int64: prompts of the batch, every one counted at its best response."""
-    return ((batch["ranks"] == 0) & (batch["prompt_ids"] >= 0)).sum()
+    return (batch["ranks"] == 0).sum()
 
 
 def response_logprobs(logits: VocabLogits, batch: Batch) -> torch.Tensor:
@@ -53,7 +54,7 @@ class DpoLoss:
         """(sum over pairs, number of pairs, metrics' sums over pairs)."""
         logprobs = response_logprobs(logits, batch)
         against = logprobs.new_zeros(()) if self.reference_free else batch["ref_logprobs"].to(logprobs.dtype)
-        d, real = logprobs - against, (batch["prompt_ids"] >= 0).to(logprobs.dtype)[0::2]
+        d, real = logprobs - against, (batch["ranks"] == 0).to(logprobs.dtype)[0::2]
         if self.kind == "ipo" and self.length_normalised:
             d_loss = d / (batch["labels"] != IGNORE_INDEX).sum(dim=1).clamp(min=1)
         else:
@@ -87,8 +88,8 @@ class RewardLoss:
     mean over pairs (i better than j) of -log sigmoid(s_i - s_j - margin) + centering (s_i + s_j)^2
     (Ouyang et al., arXiv 2203.02155, section 3.5; centering: Eisenstein et al., arXiv 2312.09244)
 
-    Batch: `last_token` [B] int64, the place of each row's last real token; `ranks`, `prompt_ids` [B] int64; `margins`
-    [B] fp32, of a row against those better than it, optional.
+    Batch: `lengths` [B] int64, tokens of each row, whose last one scores it; `ranks`, `sample_ids` [B] int64; `margins`
+    [B] fp32, those of the row's prompt, optional.
     """
 
     centering: float = 0.0
@@ -96,9 +97,9 @@ class RewardLoss:
     def __call__(self, values: Any, batch: Batch) -> LossResult:
         """values [B, S] fp32 -> (sum over prompts, number of prompts, metrics' sums over prompts)."""
         scores = last_scores(values, batch)
-        prompts, ranks = batch["prompt_ids"], batch["ranks"]
-        same = (prompts.unsqueeze(1) == prompts) & (prompts >= 0)
-        is_pair = (same & (ranks.unsqueeze(1) < ranks)).to(scores.dtype)  # [better, worse]
+        prompts, ranks = batch["sample_ids"], batch["ranks"]
+        same = (prompts.unsqueeze(1) == prompts) & (ranks >= 0)
+        is_pair = (same & (ranks.unsqueeze(1) >= 0) & (ranks.unsqueeze(1) < ranks)).to(scores.dtype)  # [better, worse]
         num_pairs = same.to(scores.dtype) @ is_pair.sum(1)  # [B], of the row's prompt
         weight = is_pair / num_pairs.clamp(min=1).unsqueeze(1)
         difference = scores.unsqueeze(1) - scores
@@ -107,7 +108,7 @@ class RewardLoss:
         if self.centering:
             loss = loss + self.centering * (scores.unsqueeze(1) + scores).square()
         detached = difference.detach()
-        best = (ranks == 0) & (prompts >= 0)
+        best = ranks == 0
         metrics = {
             "reward_margin": (detached * weight).sum(),
             "reward_accuracy": ((detached > 0) * weight).sum(),
@@ -118,4 +119,4 @@ class RewardLoss:
 
 def last_scores(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """[B]: the value at each row's last real token, found by its place and never by its id."""
-    return values.gather(1, batch["last_token"].unsqueeze(1)).squeeze(1)
+    return values.gather(1, (batch["lengths"] - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
