@@ -204,8 +204,13 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "peers": " ".join(PEERS[1:4]),
         "commit": commit + ("+changes" if dirty else ""),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_place, sys.argv[1:])]),
     }
+
+
+def _without_place(word: str) -> str:
+    """Paths of one machine are of no use to others."""
+    return Path(word).name if word.startswith("/") else word
 
 
 def _git(*arguments: str) -> str:

@@ -27,9 +27,9 @@ SETTINGS: dict[int, dict[str, Any]] = {
     2: {"contiguous_gradients": False},
     3: {"stage3_param_persistence_threshold": 0},
 }
-"""The fastest found here, against the defaults: 7 %, 9 % and 5 %. Tried as well, each alone: overlap_comm, bucket sizes of
-1 and 2 million, round robin, prefetching off, DeepSpeed's CPUAdam. (A threshold above every parameter is faster still
-at stage 3, but then parameters are not sharded.)"""
+"""The fastest found here, against the defaults: 7 %, 9 % and 5 %. Tried as well, each alone: overlap_comm, bucket sizes
+of 1 and 2 million, round robin, prefetching off, DeepSpeed's CPUAdam. (A threshold above every parameter is faster
+still at stage 3, but then parameters are not sharded.)"""
 
 
 def main() -> None:
