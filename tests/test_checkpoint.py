@@ -21,7 +21,7 @@ from megallm.testing.pool import run_ranks
 from megallm.trainers.engine import Engine
 
 UNTIED, TIED, QWEN2, QWEN3 = list(MODELS)[:4]
-STOP, END = 3, 6
+STOP, END = 3, 8
 
 RESUMES = [
     Case(model=UNTIED, precision="fp32"),
