@@ -213,6 +213,8 @@ class Engine:
         found = sharded.latest(directory)
         if found is None:
             raise ValueError(f"no complete checkpoint in {directory}")
+        if self._residency is not None:
+            self._residency.start_update()  # whole buckets that a forward left would be stale
         state = sharded.load(found, self.model, None if weights_only else self.optimizer, flat=self.flat)
         if weights_only and self.optimizer is not None:
             self.optimizer.refresh_master()
