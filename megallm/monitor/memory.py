@@ -69,6 +69,8 @@ class MemoryWatch(TorchDispatchMode):
         super().__init__()
         self._parts = (flat, gradients, optimizer)
         self._device = flat.model.mesh.device
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         on_device, on_host = _states(flat, gradients, optimizer)
         states = [t.untyped_storage() for tensors in (*on_device.values(), *on_host.values()) for t in tensors]
         self._known = {storage._cdata for storage in states}

@@ -14,6 +14,7 @@ class BadSteps:
     def __init__(self, *, most_in_a_row: int) -> None:
         """most_in_a_row: RunStopped at so many; 0 = never."""
         self.total, self._in_a_row, self._longest, self._most = 0, 0, 0, most_in_a_row
+        self._way_out = ""
 
     def look(self, step: int, result: StepResult, metrics: dict[str, float]) -> str:
         """A line about a bad step, or "". `metrics`: the result's. A collective after a bad step."""
@@ -21,6 +22,12 @@ class BadSteps:
             self._in_a_row = 0
             return ""
         self.total += 1
+        if metrics.get("loss_scale", 1.0) > 1.0:  # fp16 that is still on its way down to a scale that fits
+            self._way_out = "; begin with a smaller loss_scale, or allow more of them"
+        else:
+            self._way_out = (
+                "; lower the learning rate, look at the data of these steps, or resume from an earlier checkpoint"
+            )
         self._in_a_row += 1
         self._longest = max(self._longest, self._in_a_row)
         of = f" of at most {self._most}" if self._most else ""
@@ -35,6 +42,5 @@ class BadSteps:
         if self._most and self._longest >= self._most:
             raise RunStopped(
                 f"stopped at step {step}: the gradients of {self._longest} steps in a row were not finite "
-                "(max_bad_steps); lower the learning rate, look at the data of these steps, or resume from an earlier "
-                "checkpoint"
+                f"(max_bad_steps){self._way_out}"
             )

@@ -94,7 +94,10 @@ def plan(
     warnings = check_run(run, config, world_size) + fp8_warnings
     backends = Backends(parse_backends(run.backend), announce=lambda line: None)
     check_names(backends, config)
-    check_backends(backends, config, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision])
+    check_backends(
+        backends, config, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision],
+        offload=run.parallel.offload != "none",
+    )  # fmt: skip
     memory = plan_memory(run, config, world_size=world_size, device=device, backends=backends)
     check_offload(memory, local_world_size=local_world_size)
     train_samples = data.train_dataset(seq_length=run.train.seq_length, seed=run.train.seed)
