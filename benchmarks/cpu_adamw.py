@@ -235,7 +235,7 @@ def main() -> int:
         work(args)
         return 0
     plain = PLAIN if has_deepspeed(args.peers_python) else PLAIN[:2]
-    about = machine() | {"peers": " ".join(plain[1:]), "command": f"python {' '.join(sys.argv)}"}
+    about = machine() | {"peers": " ".join(plain[1:])}
     rows = []
     print(f"{'what':10} {'peer':10} threads  {'ours':>9} {'peer':>9}   ratio (20th - 80th percentile)", flush=True)
     for what, names in (("plain", plain), ("offloaded", OFFLOADED)):

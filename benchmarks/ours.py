@@ -8,6 +8,7 @@ import json
 import torch
 from protocol import serve
 
+from megallm.checkpoint.huggingface import load_into
 from megallm.parallel import (
     Engine,
     Mesh,
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--folder", required=True)
     parser.add_argument("--shape", type=json.loads, required=True)
     parser.add_argument("--layout", type=json.loads, default={})
+    parser.add_argument("--weights", help="Hugging Face directory of the initial weights")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -52,6 +54,9 @@ def main() -> None:
         optim=OptimConfig(learning_rate=1e-4, weight_decay=0.1, beta2=0.95, max_grad_norm=1.0),
         micro_batch_size=shape["micro_batch"],
     )
+    if args.weights:
+        load_into(engine.model, args.weights, groups=engine.flat.refill())
+        engine.optimizer.refresh_master()
     generator = torch.Generator().manual_seed(1)
     rows = shape["micro_batch"] * shape["microbatches"]
     ids = torch.randint(0, shape["vocab"], (rows, shape["seq"] + 1), generator=generator)
@@ -61,9 +66,8 @@ def main() -> None:
     def step() -> float:
         return engine.train_step(batch, language_model_loss).metrics()["loss"]
 
-    for _ in range(2):
-        step()
-    serve(args.folder, rank=info.rank, step=step, barrier=lambda: barrier(mesh.world, device))
+    first = [step() for _ in range(2)]
+    serve(args.folder, rank=info.rank, step=step, barrier=lambda: barrier(mesh.world, device), first=first)
 
 
 if __name__ == "__main__":

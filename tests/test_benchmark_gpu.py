@@ -332,7 +332,7 @@ def test_a_worker_that_cannot_begin_is_a_bad_row(tmp_path: Path) -> None:
 
 def test_compile_all_refuses_an_unknown_op_in_words() -> None:
     script = BENCHMARKS.parent / "tests" / "kernels" / "compile_all.py"
-    done = subprocess.run([sys.executable, str(script), "nope"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(script), "nope"], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 2 and done.stdout == ""
     assert "no such op: nope; there are activation, adamw" in done.stderr and "Traceback" not in done.stderr
 

@@ -91,7 +91,7 @@ def count_step(rank: int, world_size: int, cases: list[Case]) -> dict[str, dict[
 
 @once
 def measured(world_size: int) -> list[dict[str, dict[str, Any]]]:
-    return run_ranks(count_step, world_size, [c for c in CASES if c.world_size == world_size], timeout=300.0)
+    return run_ranks(count_step, world_size, [c for c in CASES if c.world_size == world_size])
 
 
 def ranks_of(case: Case) -> list[dict[str, Any]]:

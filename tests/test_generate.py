@@ -77,7 +77,7 @@ def on_layouts(
 def measured(world: int) -> dict[tuple[str, str, str], Tokens]:
     layouts = {name: layout for name, layout in LAYOUTS.items() if world_size(layout) == world}
     stop_ids = {model: stop_id(model) for model in ("llama", "mistral", "gpt2", "qwen3")}
-    results = run_ranks(on_layouts, world, layouts, stop_ids, timeout=300.0)
+    results = run_ranks(on_layouts, world, layouts, stop_ids)
     for other in results[1:]:
         assert other == results[0], "ranks disagree on the tokens"
     return results[0]

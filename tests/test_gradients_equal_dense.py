@@ -49,7 +49,7 @@ def one_step(rank: int, world_size: int, cases: list[Case]) -> dict[str, tuple[l
 
 @once
 def measured(world_size: int) -> list[dict[str, tuple[list[Part], list[Part]]]]:
-    return run_ranks(one_step, world_size, [c for c in CASES if c.world_size == world_size], timeout=300.0)
+    return run_ranks(one_step, world_size, [c for c in CASES if c.world_size == world_size])
 
 
 @once

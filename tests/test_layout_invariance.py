@@ -101,7 +101,7 @@ def fp32_curves(world_size: int) -> dict[str, Curve]:
 
 
 def _measured(cases: list[Case], steps: int) -> dict[str, Curve]:
-    results = run_ranks(train_cases, cases[0].world_size, cases, steps, timeout=900.0)
+    results = run_ranks(train_cases, cases[0].world_size, cases, steps)
     for other in results[1:]:
         assert other == results[0], "ranks disagree on the numbers of the job"
     return results[0]

@@ -100,7 +100,7 @@ def measure(rank: int, world_size: int, cases: list[Case]) -> dict[str, tuple[in
 
 @once
 def measured(world_size: int) -> list[dict[str, tuple[int, MeasuredMemory]]]:
-    return run_ranks(measure, world_size, [c for c in CASES if c.world_size == world_size], timeout=300.0)
+    return run_ranks(measure, world_size, [c for c in CASES if c.world_size == world_size])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

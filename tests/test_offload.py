@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from training_cases import BATCH, GOLDEN, GOLDEN_STEPS, MODELS, Case, make_engine, once, own_batch
+from training_cases import BATCH, GOLDEN, GOLDEN_STEPS, MODELS, Case, make_engine, once, own_batch, train
 from training_cases import train_cases as train_all
 
+from megallm.ops.backends import Backends
 from megallm.testing.pool import run_ranks
 from megallm.trainers.losses import language_model_loss
 from megallm_kernels.cpu_adamw import why_absent
@@ -45,6 +46,11 @@ CASES = [
     *(Case(model=m, mbs=2, **kind) for m in (UNTIED, TIED) for kind in KINDS),  # one rank
 ]
 FP32_CASES = [Case(model=m, dp=2, precision="fp32", mbs=2, **kind) for kind in KINDS for m in (UNTIED, TIED)]
+BOTH_WAYS = [
+    *(Case(model=m, dp=2, precision="fp32", **kind) for kind, m in zip(KINDS[1::2], (TIED, UNTIED), strict=False)),
+    Case(model=QWEN3, tp=2, dp=2, precision="fp32", mbs=2, **KINDS[4]),
+    Case(model=TIED, pp=2, dp=2, v=2, precision="fp32", mbs=2, **KINDS[2]),
+]
 COUNTED = [Case(model=UNTIED, dp=2, mbs=mbs, **kind) for kind in KINDS for mbs in (4, 1)]
 HELD = [Case(model=UNTIED, dp=2, precision="bf16", mbs=2, **kind) for kind in KINDS]
 Curve = list[tuple[float, float]]
@@ -54,7 +60,7 @@ Curve = list[tuple[float, float]]
 def curves(world_size: int, precision: str) -> dict[str, Curve]:
     wanted, steps = (CASES, GOLDEN_STEPS) if precision == "fp64" else (FP32_CASES, 5)
     cases = [case for case in wanted if case.world_size == world_size]
-    results = run_ranks(train_all, world_size, cases, steps, timeout=900.0)
+    results = run_ranks(train_all, world_size, cases, steps)
     assert all(other == results[0] for other in results), "ranks disagree on the numbers of the job"
     return results[0]
 
@@ -80,6 +86,38 @@ def test_five_steps_of_the_cpu_s_own_adamw_equal_the_one_rank_curve(case: Case) 
         assert abs(loss / expected - 1) < 1e-5
 
 
+def update_both_ways(rank: int, world_size: int, cases: list[Case]) -> dict[str, Any]:
+    """Curves and optimizer state of 20 steps, updated by the C++ AdamW and by torch's."""
+    found: dict[str, Any] = {}
+    for case in cases:
+        for backend in ("cpu", "torch"):
+            engine = make_engine(case, backends=Backends({"adamw": backend}))
+            curve = train(engine, 0, GOLDEN_STEPS)
+            assert engine.optimizer is not None
+            state = {kind: [part.data for part in parts] for kind, parts in engine.optimizer.state().items()}
+            found[case.name, backend] = (curve, state, float(engine.optimizer.num_steps))
+    return found
+
+
+@once
+def updated(world_size: int) -> list[dict[str, Any]]:
+    return run_ranks(update_both_ways, world_size, [c for c in BOTH_WAYS if c.world_size == world_size])
+
+
+@pytest.mark.parametrize("case", BOTH_WAYS, ids=lambda case: case.name)
+def test_the_cpu_s_own_adamw_leaves_what_torch_s_leaves(case: Case) -> None:
+    if why_absent():
+        pytest.skip(str(why_absent()))
+    for found in updated(case.world_size):
+        (curve, state, steps), (true_curve, true_state, true_steps) = (found[case.name, b] for b in ("cpu", "torch"))
+        assert steps == true_steps == GOLDEN_STEPS
+        torch.testing.assert_close(torch.tensor(curve), torch.tensor(true_curve), rtol=1e-5, atol=0.0)
+        assert state.keys() == true_state.keys() >= {"exp_avg", "exp_avg_sq"}
+        for kind, parts in state.items():
+            for part, true_part in zip(parts, true_state[kind], strict=True):
+                torch.testing.assert_close(part, true_part, rtol=1e-4, atol=1e-4 * float(true_part.abs().max()))
+
+
 def count_step(rank: int, world_size: int, cases: list[Case]) -> dict[str, dict[str, int]]:
     found = {}
     for case in cases:
@@ -99,7 +137,7 @@ def count_step(rank: int, world_size: int, cases: list[Case]) -> dict[str, dict[
 
 @once
 def counted() -> list[dict[str, dict[str, int]]]:
-    return run_ranks(count_step, 2, COUNTED, timeout=300.0)
+    return run_ranks(count_step, 2, COUNTED)
 
 
 @pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.name)
@@ -146,7 +184,7 @@ def bytes_behind(tensors: list[torch.Tensor]) -> int:
 
 @once
 def held() -> list[dict[str, dict[str, int]]]:
-    return run_ranks(hold, 2, HELD, timeout=300.0)
+    return run_ranks(hold, 2, HELD)
 
 
 @pytest.mark.parametrize("case", HELD, ids=lambda case: case.name)

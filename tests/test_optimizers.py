@@ -194,7 +194,7 @@ def one_rank(model: str, optimizer: Any) -> Curve:
 @once
 def curves(world_size: int) -> dict[str, Curve]:
     cases = [case for case in LAYOUTS if case.world_size == world_size]
-    return run_ranks(train_cases, world_size, cases, STEPS, timeout=300.0)[0]
+    return run_ranks(train_cases, world_size, cases, STEPS)[0]
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
@@ -205,7 +205,7 @@ def test_the_layout_does_not_change_the_numbers(case: Case) -> None:
 
 def test_columns_that_tp_does_not_divide_are_padded_and_do_not_count() -> None:
     """The library lets them through: intermediate_size 50 is 17, 17 and 16 of 17 columns."""
-    found = run_ranks(train_padded, 3, timeout=100.0)[0]
+    found = run_ranks(train_padded, 3)[0]
     assert relative_error(found, train_padded(0, 1)) < 1e-9
 
 
@@ -260,7 +260,7 @@ def count(rank: int, world_size: int, cases: list[Case]) -> dict[str, dict[str, 
 
 @once
 def counted(world_size: int) -> list[dict[str, dict[str, Any]]]:
-    return run_ranks(count, world_size, [c for c in COUNTED if c.world_size == world_size], timeout=200.0)
+    return run_ranks(count, world_size, [c for c in COUNTED if c.world_size == world_size])
 
 
 def over_shards(m: Matrix, place: int) -> int:
@@ -361,7 +361,7 @@ BAD: dict[int, list[Case]] = {
 
 @pytest.mark.parametrize("world_size", BAD)
 def test_a_bad_step_changes_no_bit(world_size: int) -> None:
-    for of_rank in run_ranks(take_a_bad_step, world_size, BAD[world_size], timeout=100.0):
+    for of_rank in run_ranks(take_a_bad_step, world_size, BAD[world_size]):
         assert of_rank == [(True, True)] * len(BAD[world_size])
 
 
@@ -390,7 +390,7 @@ RESUMED = [
 
 
 def test_stopping_and_resuming_changes_no_bit(tmp_path: Path) -> None:
-    for of_rank in run_ranks(resume, 2, str(tmp_path), RESUMED, timeout=100.0):
+    for of_rank in run_ranks(resume, 2, str(tmp_path), RESUMED):
         for expected, found, same in of_rank:
             assert expected == found and same
 
@@ -419,7 +419,7 @@ RESHARDS = [
 
 
 def test_state_saved_at_one_layout_and_stage_goes_on_at_another(tmp_path: Path) -> None:
-    ranks = run_ranks(reshard, 4, str(tmp_path), RESHARDS, timeout=200.0)
+    ranks = run_ranks(reshard, 4, str(tmp_path), RESHARDS)
     for number, (case, _) in enumerate(RESHARDS):
         saved, loaded = (assembled([rank[number][what] for rank in ranks]) for what in ("saved", "loaded"))
         assert saved.keys() == loaded.keys()

@@ -60,7 +60,7 @@ def run(folder: Path, body: str, *, num_ranks: int) -> Finished:
     command = [sys.executable, *(launcher if num_ranks > 1 else []), str(program)]
     env = {key: value for key, value in os.environ.items() if key not in TORCHRUN}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1800, check=False)
     return Finished(code=done.returncode, stdout=done.stdout, stderr=done.stderr, ended=time.time())
 
 

@@ -62,7 +62,7 @@ Curve = list[tuple[float, float]]
 def curves(world_size: int, precision: str) -> dict[str, Curve]:
     wanted, steps = (CASES, GOLDEN_STEPS) if precision == "fp64" else (FP32_CASES, 5)
     cases = [case for case in wanted if case.world_size == world_size]
-    results = run_ranks(train_all, world_size, cases, steps, timeout=900.0)
+    results = run_ranks(train_all, world_size, cases, steps)
     assert all(other == results[0] for other in results), "ranks disagree on the numbers of the job"
     return results[0]
 
@@ -110,7 +110,7 @@ def count_step(rank: int, world_size: int, cases: list[Case]) -> dict[str, dict[
 
 @once
 def counted(world_size: int) -> list[dict[str, dict[str, Any]]]:
-    return run_ranks(count_step, world_size, [c for c in COUNTED if c.world_size == world_size], timeout=300.0)
+    return run_ranks(count_step, world_size, [c for c in COUNTED if c.world_size == world_size])
 
 
 @pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.name)
@@ -166,7 +166,7 @@ HELD = [
 
 @once
 def held() -> list[dict[str, dict[str, int]]]:
-    return run_ranks(hold, 4, HELD, timeout=300.0)
+    return run_ranks(hold, 4, HELD)
 
 
 @pytest.mark.parametrize("case", HELD, ids=lambda case: case.name)
@@ -201,7 +201,7 @@ USED = [Case(model=m, zero=z, dp=2, keep=k) for m in (UNTIED, TIED) for z, k in 
 
 def test_models_in_shards_are_evaluated_and_sampled_alike() -> None:
     """With and without an optimizer, whatever number of microbatches each rank brings."""
-    ranks = run_ranks(use, 2, USED, timeout=200.0)
+    ranks = run_ranks(use, 2, USED)
     for found in ranks:
         for case in USED:
             whole = found[Case(model=case.model, dp=2).name]

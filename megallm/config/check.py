@@ -16,7 +16,7 @@ Letters: N query heads, K key/value heads.
 from __future__ import annotations
 
 from megallm.config.backends import parse_backends
-from megallm.config.check_optim import check_numerics, check_optim, check_optimizer_layout
+from megallm.config.check_optim import check_numerics, check_offload, check_optim, check_optimizer_layout
 from megallm.config.checkpoint import CheckpointConfig
 from megallm.config.data import DataConfig
 from megallm.config.model import ModelConfig
@@ -116,11 +116,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
     _check_tensor_parallel(model, parallel.tp)
     _check_schedule(parallel)
     _check_stages(model, parallel)
-    if parallel.offload == "optimizer+params" and parallel.zero != 3:
-        raise ValueError(
-            f"offload optimizer+params with zero {parallel.zero}: parameters leave the device between their uses at "
-            "stage 3 only: use zero 3, or offload optimizer"
-        )
+    check_offload(parallel)
     _check_zero(parallel, dp=data_parallel_size(parallel, world_size))
 
 

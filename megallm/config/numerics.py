@@ -27,7 +27,7 @@ class NumericsConfig:
     fp8_emulate: bool = False
     """The same fp8 rounding without fp8 hardware, slow: for tests and study."""
     loss_scale: float = 65536.0
-    """fp16: the scale to begin with (2^16)."""
+    """fp16: the scale to begin with (2^16); a power of 2."""
     loss_scale_window: int = 1000
     """fp16: the scale doubles after so many good steps in a row."""
     loss_scale_hysteresis: int = 2

@@ -39,11 +39,11 @@ def resolve_optim(optim: OptimConfig, *, total_steps: int) -> OptimConfig:
     )
 
 
-def resolve_momentum(optim: OptimConfig) -> float:
-    """`momentum`, decided."""
+def resolve_momentum(optim: OptimConfig) -> float | None:
+    """`momentum`, decided; None where there is none."""
     if optim.momentum is not None:
         return optim.momentum
-    return 0.9 if optim.optimizer == "sgd" else 0.95
+    return {"sgd": 0.9, "muon": 0.95}.get(optim.optimizer)
 
 
 def resolve_run(run: RunConfig) -> RunConfig:

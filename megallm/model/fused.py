@@ -9,8 +9,13 @@ from megallm.ops.attention import takes_rotary
 from megallm.ops.backends import Backends, Case, Choice, choose
 
 
-def fused_cases(config: ModelConfig, *, tp: int, device: torch.device, dtype: torch.dtype) -> tuple[Case, ...]:
-    """One case for each operation of the model on one of `tp` ranks; the optimizer's works in fp32 (fp64 for fp64)."""
+def fused_cases(
+    config: ModelConfig, *, tp: int, device: torch.device, dtype: torch.dtype, offload: bool = False
+) -> tuple[Case, ...]:
+    """One case for each operation of the model on one of `tp` ranks; the optimizer's works in fp32 (fp64 for fp64).
+
+    offload: the optimizer works in the host's memory.
+    """
     sizes = {"rms_norm" if config.norm == "rmsnorm" else "layer_norm": config.hidden_size}
     sizes["attention"] = config.head_dim
     if config.position_embedding == "rope":
@@ -20,14 +25,15 @@ def fused_cases(config: ModelConfig, *, tp: int, device: torch.device, dtype: to
         sizes["linear_cross_entropy"] = sizes["cross_entropy"] = -(-config.vocab_size // tp)
     cases = [Case(op=op, device=device, dtype=dtype, size=size) for op, size in sizes.items()]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return (*cases, Case(op="adamw", device=device, dtype=wide, size=0))
+    place = torch.device("cpu") if offload else device
+    return (*cases, Case(op="adamw", device=place, dtype=wide, size=0))
 
 
 def fused_choices(
-    config: ModelConfig, backends: Backends, *, tp: int, device: torch.device, dtype: torch.dtype
+    config: ModelConfig, backends: Backends, *, tp: int, device: torch.device, dtype: torch.dtype, offload: bool = False
 ) -> list[tuple[Case, Choice]]:
     """What each operation of the model would run on; ValueError if a forced back end cannot."""
-    cases = fused_cases(config, tp=tp, device=device, dtype=dtype)
+    cases = fused_cases(config, tp=tp, device=device, dtype=dtype, offload=offload)
     choices = {case.op: choose(case, backends.forced.get(case.op)) for case in cases}
     in_front = choices["attention"].name == "triton" and takes_rotary(backends) and not config.qk_norm
     if "rope" in choices and in_front and config.attention_dropout == 0:
@@ -36,10 +42,10 @@ def fused_choices(
 
 
 def check_backends(
-    backends: Backends, config: ModelConfig, *, tp: int, device: torch.device, dtype: torch.dtype
+    backends: Backends, config: ModelConfig, *, tp: int, device: torch.device, dtype: torch.dtype, offload: bool = False
 ) -> None:
     """Makes the model's choices before anything runs; ValueError if a forced back end cannot run what it is to."""
-    for case, choice in fused_choices(config, backends, tp=tp, device=device, dtype=dtype):
+    for case, choice in fused_choices(config, backends, tp=tp, device=device, dtype=dtype, offload=offload):
         backends.settle(case, choice)
 
 

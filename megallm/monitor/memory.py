@@ -69,6 +69,8 @@ class MemoryWatch(TorchDispatchMode):
         super().__init__()
         self._parts = (flat, gradients, optimizer)
         self._device = flat.model.mesh.device
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         on_device, on_host = _states(flat, gradients, optimizer)
         states = [t.untyped_storage() for tensors in (*on_device.values(), *on_host.values()) for t in tensors]
         self._known = {storage._cdata for storage in states}
@@ -87,7 +89,7 @@ class MemoryWatch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             self._see(tensor)
-        if func is torch.ops.c10d.alltoall_base_.default:
+        if func is torch.ops.c10d.recv_.default:
             self._forget(args[0])
         if not func.__name__.startswith("empty"):  # what is empty is on its way to be used
             self._sample()
@@ -115,11 +117,12 @@ class MemoryWatch(TorchDispatchMode):
             self._live[key] = _Storage(storage, self._gone(key))
             self._total += storage.size()
 
-    def _forget(self, tensor: torch.Tensor) -> None:
-        found = self._live.get(tensor.untyped_storage()._cdata)
-        if found is not None:
-            self._total -= found.size
-            found.size, found.is_counted = 0, False
+    def _forget(self, arriving: list[torch.Tensor]) -> None:
+        """What only receives does not count, until an operation returns it."""
+        for tensor in arriving:
+            if tensor.numel() * tensor.element_size() == tensor.untyped_storage().size():
+                found = self._live.pop(tensor.untyped_storage()._cdata, None)
+                self._total -= found.size if found is not None else 0
 
     def _gone(self, key: int) -> Callable[[Any], None]:
         def forget(_: Any) -> None:
@@ -139,7 +142,7 @@ class MemoryWatch(TorchDispatchMode):
     def _recount(self) -> None:
         for found in list(self._live.values()):
             storage = found.reference()
-            if storage is not None and found.is_counted:
+            if storage is not None:
                 self._total += storage.size() - found.size
                 found.size = storage.size()
 
@@ -149,7 +152,7 @@ class _Storage:
 
     def __init__(self, storage: torch.UntypedStorage, on_end: Callable[[Any], None]) -> None:
         self.reference = weakref.ref(storage, on_end)
-        self.size, self.is_counted = storage.size(), True
+        self.size = storage.size()
 
 
 def _states(

@@ -172,7 +172,10 @@ def _apex_adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """NVIDIA apex's capturable multi-tensor Adam (mode 1 = decoupled decay), then one copy for each bf16 tensor."""
+    """NVIDIA apex's capturable multi-tensor Adam (mode 1 = decoupled decay), then one copy for each bf16 tensor.
+
+    It takes one dtype for gradients and parameters: bf16 gradients are copied first.
+    """
     import amp_C
     from apex.multi_tensor_apply import multi_tensor_applier
 
@@ -180,6 +183,7 @@ def _apex_adamw_(
     step.add_(1 - skip[0])
     count = step.to(torch.int32).view(1)
     inverse = (1.0 / grad_divisor.float()).view(1)
+    grads = [grad.to(param.dtype) for grad, param in zip(grads, params, strict=True)]
     for wanted in (True, False):
         chosen = [i for i, each in enumerate(decayed) if each is wanted and params[i].numel()]
         if not chosen:

@@ -81,7 +81,7 @@ def _own_square(slices: list[torch.Tensor], mesh: Mesh) -> tuple[torch.Tensor, t
         parts = None if math.isfinite(square) else _norms(slices)
         return torch.tensor(square, dtype=torch.float64).to(mesh.device), parts
     parts = _norms(slices)
-    return parts.double().square().sum(), parts
+    return parts.double().square().sum().to(mesh.device), parts
 
 
 def _norms(slices: list[torch.Tensor]) -> torch.Tensor:

@@ -6,7 +6,8 @@
     2, 3   shard; whole while a backward         of a microbatch: reduce-scatter, added to the shard;
            fills it                              then the whole is freed
 
-With offload the shard is in the host's memory: sums are copied (or added) there as soon as they are complete.
+With offload the shard is in the host's memory: sums are copied (or added) there as soon as they are complete, and
+those of step 3 go up to the device and down again.
 
 The life of a step:
     1. every parameter's sink writes the first contribution to its bucket and adds the others (`GradSink`);
@@ -20,6 +21,7 @@ reduction (norm, clipping, update) works on the shards.
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import torch
 
@@ -65,6 +67,7 @@ class GradBucket:
         self.views = [self.whole[slot.start : slot.stop].view(shape) for slot, shape in slots]
         """The whole's parts in the parameters' shapes."""
         self._pending: Pending | None = None
+        self._stored: Any = None
         self._has_sum = False
         if self._is_transient:
             self.whole.untyped_storage().resize_(0)
@@ -85,28 +88,41 @@ class GradBucket:
         """Begins the sum over the ranks that share the bucket."""
         begin = start_all_reduce_ if self._zero == 0 else start_reduce_scatter_
         self._pending = begin(self.whole, self._mesh.dp if self._zero == 0 else self._mesh.shard)
+        if self._host is not None and self._host.is_apart:
+            self._store(self._host)  # only the copies' stream waits for the sum
 
     def settle(self) -> None:
         """Ends the reduction under way, if there is one: the shard holds the sum so far."""
         if self._pending is None:
             return
-        part = self._pending.wait()
-        self._pending = None
         if self._host is not None:
-            with self._host.behind():
-                self._host.store_(self.shard, self.own, add=self._has_sum)
-        elif self._is_transient:
-            self.shard.add_(part) if self._has_sum else self.shard.copy_(part)
+            if not self._host.is_apart:
+                self._store(self._host)
+            self._host.wait(self._stored)  # before others get the whole's memory
+        else:
+            part = self._pending.wait()
+            if self._is_transient:
+                self.shard.add_(part) if self._has_sum else self.shard.copy_(part)
+        self._pending = None
         if self._is_transient:
             self.whole.untyped_storage().resize_(0)
         self._has_sum = True
 
     def start_sum_over(self, axis: Axis) -> Pending:
-        """Begins to add what the other ranks of an axis hold of this shard. A collective."""
-        if axis.size > 1 and self.shard.device != self.whole.device:
-            moved = self.shard.to(self.whole.device)
-            return Pending(self.shard.copy_(all_reduce_(moved, axis)), None)
-        return start_all_reduce_(self.shard, axis)
+        """Begins to add what the other ranks of an axis hold of this shard; ended, with offload. A collective."""
+        if axis.size == 1 or self._host is None:
+            return start_all_reduce_(self.shard, axis)
+        moved = torch.empty_like(self.shard, device=self.whole.device)
+        with self._host.lent([(moved, self.shard)]):
+            all_reduce_(moved, axis)
+        return Pending(self.shard, None)
+
+    def _store(self, host: HostMemory) -> None:
+        assert self._pending is not None
+        with host.behind():
+            self._pending.wait()
+            host.store_(self.shard, self.own, add=self._has_sum)
+            self._stored = host.mark()
 
 
 class Gradients:
@@ -260,6 +276,7 @@ class _SharedSlices:
                     owner = 0 if spec.tp_replicated else self._tp.rank // piece.replicas
                     self._slices.append((view, total + owner * view.numel()))
                     total += view.numel() * (1 if spec.tp_replicated else self._tp.size // piece.replicas)
+        self._host = flat.host
         self._buffer = buckets[0].whole.new_zeros(total) if total else None
 
     def sum_over_tp(self) -> None:
@@ -267,11 +284,16 @@ class _SharedSlices:
         if self._buffer is None:
             return
         self._buffer.zero_()
-        for view, start in self._slices:
-            self._buffer[start : start + view.numel()].copy_(view)
+        places = [(self._buffer[start : start + view.numel()], view) for view, start in self._slices]
+        if self._host is not None:
+            with self._host.lent(places):
+                all_reduce_(self._buffer, self._tp)
+            return
+        for place, view in places:
+            place.copy_(view)
         all_reduce_(self._buffer, self._tp)
-        for view, start in self._slices:
-            view.copy_(self._buffer[start : start + view.numel()])
+        for place, view in places:
+            view.copy_(place)
 
 
 def _count_uses(model: Transformer) -> dict[str, int]:

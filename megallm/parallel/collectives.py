@@ -6,7 +6,7 @@ Sequence and token dimensions are dim 0 everywhere, so gathers and scatters need
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,39 +34,68 @@ class Pending:
         return self._tensor
 
 
-class _Exchanged(Pending):
-    """A reduce-scatter over gloo, whose own is slower: every rank sends each other one its part."""
+class _Summed(Pending):
+    """A reduce-scatter over gloo: every rank sends each other one its part, and adds what it receives to its own."""
 
-    def __init__(self, own: torch.Tensor, x: torch.Tensor, axis: Axis) -> None:
-        self._parts = torch.empty_like(x)
-        super().__init__(own, dist.all_to_all_single(self._parts, x, group=axis.group, async_op=True), x)
-        self._size = axis.size
+    def __init__(self, x: torch.Tensor, axis: Axis, *, in_place: bool) -> None:
+        parts = x.chunk(axis.size)
+        own = parts[axis.rank]
+        arriving = [torch.empty_like(own) for _ in _others(axis)]
+        self._addends = [own, *arriving] if in_place else [*arriving, own]
+        self._arriving, self._leaving = _exchange(parts, arriving, axis)
+        super().__init__(self._addends[0], None, x)
 
     def wait(self) -> torch.Tensor:
-        if self._work is not None:
-            own = super().wait()
-            torch.sum(self._parts.view(self._size, *own.shape), dim=0, out=own)
-            del self._parts
-        return self._tensor
+        if self._addends:
+            for each in self._arriving:
+                each.wait()
+            total, *others = self._addends
+            for other in others:
+                total.add_(other)
+            for each in self._leaving:
+                each.wait()
+            self._addends, self._arriving, self._leaving = [], [], []
+        return super().wait()
 
 
-class _Broadcast(Pending):
-    """An all-gather over gloo, whose own is slower: every rank's part is broadcast."""
+class _Gathered(Pending):
+    """An all-gather over gloo: every rank sends its part to each other one."""
 
     def __init__(self, out: torch.Tensor, x: torch.Tensor, axis: Axis) -> None:
         parts = out.chunk(axis.size)
-        if parts[axis.rank].data_ptr() != x.data_ptr():
-            parts[axis.rank].copy_(x)
-        self._works = [
-            dist.broadcast(part, src=src, group=axis.group, async_op=True)
-            for part, src in zip(parts, axis.ranks, strict=True)
-        ]
+        own = parts[axis.rank]
+        if own.data_ptr() != x.data_ptr():
+            own.copy_(x)
+        others = [parts[place] for place in _others(axis)]
+        self._works = [work for works in _exchange([x] * axis.size, others, axis) for work in works]
         super().__init__(out, None, x)
 
     def wait(self) -> torch.Tensor:
-        while self._works:
-            self._works.pop().wait()
+        for each in self._works:
+            each.wait()
+        self._works = []
         return super().wait()
+
+
+def _exchange(
+    parts: Sequence[torch.Tensor], arriving: Iterable[torch.Tensor], axis: Axis
+) -> tuple[list[Any], list[Any]]:
+    """Begins to send parts[place] to every other place and to receive from `_others`; (receives, sends) to wait for.
+
+    gloo's own reduce-scatter and all-gather copy more and take turns where this is one exchange: of 5 million fp32
+    elements on 2 ranks 41 and 16 ms against 9 and 8 (EPYC, loopback). Its all-to-all copies each rank's own part, too.
+    """
+    others = _others(axis)
+    receives = [
+        dist.irecv(part, axis.ranks[place], group=axis.group) for place, part in zip(others, arriving, strict=True)
+    ]
+    sends = [dist.isend(parts[place], axis.ranks[place], group=axis.group) for place in reversed(others)]
+    return receives, sends
+
+
+def _others(axis: Axis) -> list[int]:
+    """The other places, beginning behind this rank's own: at any time all ranks receive from different ones."""
+    return [(axis.rank + step) % axis.size for step in range(1, axis.size)]
 
 
 # -- plain forms -------------------------------------------------------------------------------------------------------
@@ -96,8 +125,7 @@ def start_all_gather(x: torch.Tensor, axis: Axis) -> Pending:
         return Pending(x, None)
     x = x.contiguous()
     out = x.new_empty((axis.size * x.size(0), *x.shape[1:]))
-    axis.recorder.add(axis.name, "all_gather", out.numel(), x.element_size(), axis.size)
-    return Pending(out, _gather_single(out, x, group=axis.group, async_op=True), x)
+    return start_all_gather_into(out, x, axis)
 
 
 def reduce_scatter(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -110,8 +138,10 @@ def start_reduce_scatter(x: torch.Tensor, axis: Axis) -> Pending:
     if axis.size == 1:
         return Pending(x, None)
     x = x.contiguous()
-    out = x.new_empty((x.size(0) // axis.size, *x.shape[1:]))
     axis.recorder.add(axis.name, "reduce_scatter", x.numel(), x.element_size(), axis.size)
+    if not x.is_cuda:
+        return _Summed(x, axis, in_place=False)
+    out = x.new_empty((x.size(0) // axis.size, *x.shape[1:]))
     return Pending(out, _scatter_single(out, x, group=axis.group, async_op=True), x)
 
 
@@ -125,7 +155,7 @@ def start_reduce_scatter_(x: torch.Tensor, axis: Axis) -> Pending:
         return Pending(own, None)
     axis.recorder.add(axis.name, "reduce_scatter", x.numel(), x.element_size(), axis.size)
     if not x.is_cuda:
-        return _Exchanged(own, x, axis)
+        return _Summed(x, axis, in_place=True)
     return Pending(own, _scatter_single(own, x, group=axis.group, async_op=True), x)
 
 
@@ -137,7 +167,7 @@ def start_all_gather_into(out: torch.Tensor, x: torch.Tensor, axis: Axis) -> Pen
         return Pending(out, None)
     axis.recorder.add(axis.name, "all_gather", out.numel(), x.element_size(), axis.size)
     if not x.is_cuda:
-        return _Broadcast(out, x, axis)
+        return _Gathered(out, x, axis)
     return Pending(out, _gather_single(out, x, group=axis.group, async_op=True), x)
 
 

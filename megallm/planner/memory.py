@@ -183,7 +183,8 @@ def predict_memory(
     fused: Collection[str] = (),
     pp_rank: int | None = None,
 ) -> MemoryPlan:
-    """What a rank will need in a step; `pp_rank` None = the pipeline rank that needs most of its device.
+    """What a rank will need in a step; `pp_rank` None = on the device what the pipeline rank needs that needs most of
+    it, on the host what the one needs that needs most there.
 
     `fused`: operations that run on Triton (see `Activations`).
     """
@@ -217,7 +218,8 @@ def predict_memory(
         activations = peak_activations(each, schedule, layers, pp_rank=rank)
         activations += each.held_always(num_microbatches, num_stages=len(schedule.stages_of(rank)))
         plans.append(MemoryPlan(pp_rank=rank, device=replace(device, activations=activations), host=host))
-    return max(plans, key=lambda plan: plan.device.total)
+    most_of_host = max(plans, key=lambda plan: plan.host.total)
+    return replace(max(plans, key=lambda plan: plan.device.total), host=most_of_host.host)
 
 
 def largest_model(

@@ -88,12 +88,14 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 def device_for(local_rank: int, *, local_world_size: int | None = None) -> torch.device:
     """The GPU `local_rank` of this node, made current; the CPU on a node without GPUs.
 
-    On the CPU the ranks of a node share its cores: torch gets cores // local_world_size threads (at least 1).
+    The ranks of a node share its cores: torch gets cores // local_world_size threads (at least 1), on GPUs as well,
+    where optimizer state may be in the host's memory; torchrun's own OMP_NUM_THREADS=1 would leave cores unused.
     `local_world_size`: None = as launched. Raises ValueError when the node has fewer GPUs than ranks.
     """
     import torch  # here, so that a mistyped flag is answered without the seconds that importing torch takes
 
     size = launch_info().local_world_size if local_world_size is None else local_world_size
+    torch.set_num_threads(threads_per_rank(num_usable_cores(), size))
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if size > count:  # not `local_rank >= count`: all ranks find the same mistake
@@ -103,7 +105,6 @@ def device_for(local_rank: int, *, local_world_size: int | None = None) -> torch
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
-    torch.set_num_threads(threads_per_rank(num_usable_cores(), size))
     return torch.device("cpu")
 
 

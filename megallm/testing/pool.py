@@ -28,7 +28,7 @@ from typing import Any
 from megallm.testing.worker import Call, Reply, serve, stacks_path
 
 _PRELOAD = ["torch", "torch.distributed", "torch.testing", "numpy", "pytest", "megallm.testing.worker"]
-_START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 600.0
 _DUMP_TIMEOUT_S = 2.0
 _DEATH_TIMEOUT_S = 0.2
 _POOLS: dict[int, Pool] = {}
@@ -44,7 +44,7 @@ class RankError(Exception):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, **kwargs: Any
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 1800.0, **kwargs: Any
 ) -> list[Any]:
     """The results of function(rank, world_size, *args, **kwargs), in order of rank, each called in its own process.
 

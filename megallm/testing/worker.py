@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-COLLECTIVE_TIMEOUT_S = 60
+COLLECTIVE_TIMEOUT_S = 600
 """A collective that waits longer raises; tests take seconds."""
 
 

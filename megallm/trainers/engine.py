@@ -11,8 +11,8 @@ It needs no command line, no config file and no global; two engines (an actor an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -86,9 +86,10 @@ class Engine:
         self.config, self.mesh, self.optim = config, mesh, optim if optim is not None else OptimConfig()
         if train:
             check_optimizer_layout(self.optim, parallel)
-        if mesh.device.type == "cuda":
-            torch.set_float32_matmul_precision("high" if numerics.tf32 else "highest")
-        check_backends(backends, config, tp=mesh.tp.size, device=mesh.device, dtype=dtype)
+        self._tf32 = numerics.tf32
+        check_backends(
+            backends, config, tp=mesh.tp.size, device=mesh.device, dtype=dtype, offload=parallel.offload != "none"
+        )
         fp8 = fp8_recipe(numerics)
         for warning in check_fp8(fp8, config, tp=mesh.tp.size, device=mesh.device):
             logging.getLogger("megallm.trainers").info(warning)
@@ -106,26 +107,33 @@ class Engine:
             fp8=fp8,
             allocate=not (train or parallel.zero == 3),
         )
-        self.gradients: Gradients | None = None
-        self.optimizer: Optimizer | None = None
         self.flat: FlatParameters | None = None
         self._residency: Residency | None = None
+        self.gradients: Gradients | None = None
+        self.optimizer: Optimizer | None = None
         if train or parallel.zero == 3:
-            self.flat = FlatParameters(
-                self.model, bucket_size=parallel.bucket_size, zero=parallel.zero, offload=parallel.offload
-            )
-            for names in self.flat.refill():
-                self.model.initialize(seed, names=names)
-            self._residency = Residency(self.flat, keep=parallel.zero_keep)
-            if train:
-                self.gradients = Gradients(self.flat, dtype=GRAD_DTYPES[numerics.grad_dtype])
-                self.optimizer = make_optimizer(self.gradients, self._residency, self.optim, backends=backends)
-                if numerics.precision == "fp16":
-                    self.optimizer.loss_scale = LossScale(numerics, mesh.device)
+            self._fill_flat(parallel)
         else:
             self.model.initialize(seed)
+        if train:
+            self._add_optimizer(numerics, backends)
         self.step = 0
         """Optimizer steps done."""
+
+    def _fill_flat(self, parallel: ParallelConfig) -> None:
+        self.flat = FlatParameters(
+            self.model, bucket_size=parallel.bucket_size, zero=parallel.zero, offload=parallel.offload
+        )
+        for names in self.flat.refill():
+            self.model.initialize(self.seed, names=names)
+        self._residency = Residency(self.flat, keep=parallel.zero_keep)
+
+    def _add_optimizer(self, numerics: NumericsConfig, backends: Backends) -> None:
+        assert self.flat is not None and self._residency is not None
+        self.gradients = Gradients(self.flat, dtype=GRAD_DTYPES[numerics.grad_dtype])
+        self.optimizer = make_optimizer(self.gradients, self._residency, self.optim, backends=backends)
+        if numerics.precision == "fp16":
+            self.optimizer.loss_scale = LossScale(numerics, self.mesh.device)
 
     def train_step(
         self,
@@ -142,18 +150,19 @@ class Engine:
         if self.gradients is None or self.optimizer is None:
             raise ValueError("this engine was built with train=False: build it with train=True to train")
         has_dropout = self.config.hidden_dropout > 0 or self.config.attention_dropout > 0
-        result = train_step(
-            self.model,
-            self.gradients,
-            self.optimizer,
-            batch,
-            loss_fn,
-            schedule=self._schedule(self._num_microbatches(batch)),
-            count_fn=count_fn,
-            learning_rate=self.optim.learning_rate if learning_rate is None else learning_rate,
-            max_grad_norm=self.optim.max_grad_norm,
-            dropout_key=dropout_key(self.seed, self.step) if has_dropout else None,
-        )
+        with self._products():
+            result = train_step(
+                self.model,
+                self.gradients,
+                self.optimizer,
+                batch,
+                loss_fn,
+                schedule=self._schedule(self._num_microbatches(batch)),
+                count_fn=count_fn,
+                learning_rate=self.optim.learning_rate if learning_rate is None else learning_rate,
+                max_grad_norm=self.optim.max_grad_norm,
+                dropout_key=dropout_key(self.seed, self.step) if has_dropout else None,
+            )
         self.step += 1
         return result
 
@@ -180,7 +189,8 @@ class Engine:
             return fn(output, microbatch.batch) if microbatch.index < num_own else None
 
         schedule = forward_only(self.mesh.pp.size, self._virtual_stages, len(microbatches))
-        return run_schedule(self.model, schedule, microbatches, call, train=False)[:num_own]
+        with self._products():
+            return run_schedule(self.model, schedule, microbatches, call, train=False)[:num_own]
 
     def _fillers(self, num_own: int) -> list[Microbatch]:
         """Microbatches of zeros, so that all ranks that gather parameters together pass as often."""
@@ -200,7 +210,7 @@ class Engine:
         dp ranks share the prompts; a sample depends on (seed, prompt's place, position), not on the layout. Whole
         parameters are held meanwhile, at ZeRO stage 3 too.
         """
-        with nullcontext() if self._residency is None else self._residency.hold():
+        with self._products(), nullcontext() if self._residency is None else self._residency.hold():
             return generate(self.model, prompts, max_new_tokens=max_new_tokens, sampling=sampling or Sampling())
 
     def save(self, directory: str, *, consumed_samples: int = 0, tokens: int = 0, keep: int = 0) -> None:
@@ -213,11 +223,26 @@ class Engine:
         found = sharded.latest(directory)
         if found is None:
             raise ValueError(f"no complete checkpoint in {directory}")
+        if self._residency is not None:
+            self._residency.start_update()  # whole buckets that a forward left would be stale
         state = sharded.load(found, self.model, None if weights_only else self.optimizer, flat=self.flat)
         if weights_only and self.optimizer is not None:
             self.optimizer.refresh_master()
         self.step = 0 if weights_only else state.step
         return state
+
+    @contextmanager
+    def _products(self) -> Iterator[None]:
+        """fp32 products inside are what this engine wants; other engines' are their own."""
+        if self.mesh.device.type != "cuda":
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self._tf32 else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def _num_microbatches(self, batch: Batch) -> int:
         size = batch["input_ids"].size(0)

@@ -85,7 +85,10 @@ def plan_job(
     warnings += check_fp8(fp8_recipe(run.numerics), config, tp=run.parallel.tp, device=device)
     backends = Backends(parse_backends(run.backend), announce=lambda line: None)
     check_names(backends, config)
-    check_backends(backends, config, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision])
+    check_backends(
+        backends, config, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision],
+        offload=run.parallel.offload != "none",
+    )  # fmt: skip
     memory = plan_memory(run, config, world_size=world_size, device=device, backends=backends)
     check_offload(memory, local_world_size=local_world_size)
     resume_from = _resume_from(run)

@@ -176,6 +176,6 @@ def _throughput(engine: Engine, run: RunConfig) -> Throughput:
     gpu = find_gpu(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
     return Throughput(
         flops_per_token=model_flops_per_token(engine.config, seq_length=run.train.seq_length),
-        peak_flops=None if gpu is None else gpu.peak_flops(run.numerics.precision),
+        peak_flops=None if gpu is None else gpu.peak_flops("tf32" if run.numerics.tf32 else run.numerics.precision),
         num_devices=mesh.world.size,
     )

@@ -30,7 +30,7 @@ from megallm.trainers.engine import DTYPES, Engine
 def plan_memory(
     run: RunConfig, config: ModelConfig, *, world_size: int, device: torch.device, backends: Backends
 ) -> MemoryPlan:
-    """What the rank that needs most will need, for a run that passed the checks."""
+    """What the ranks that need most will need, for a run that passed the checks."""
     dp = data_parallel_size(run.parallel, world_size)
     return predict_memory(
         config,
@@ -90,6 +90,7 @@ def device_capacity(device: torch.device) -> int | None:
 def _fused(run: RunConfig, config: ModelConfig, device: torch.device, backends: Backends) -> set[str]:
     """The operations that run on Triton."""
     choices = fused_choices(
-        config, backends, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision]
-    )
+        config, backends, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision],
+        offload=run.parallel.offload != "none",
+    )  # fmt: skip
     return {case.op for case, choice in choices if choice.name == "triton"}

@@ -49,7 +49,7 @@ def run_setup(*command: str, **environment: str) -> subprocess.CompletedProcess[
     """setup.py with these arguments and environment variables."""
     given = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"} | environment
     return subprocess.run(
-        [sys.executable, "setup.py", *command], cwd=ROOT, env=given, capture_output=True, text=True, timeout=300
+        [sys.executable, "setup.py", *command], cwd=ROOT, env=given, capture_output=True, text=True, timeout=1800
     )
 
 
