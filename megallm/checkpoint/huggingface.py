@@ -23,13 +23,12 @@ from safetensors.torch import save_file
 
 from megallm.config.huggingface import model_config_to_hf, with_family_biases
 from megallm.config.model import ModelConfig
-from megallm.model.hf_names import base_prefix, canonical_parameters, hf_places, is_ignorable
+from megallm.model.hf_names import HEADS, base_prefix, canonical_parameters, hf_places, is_ignorable
 from megallm.model.transformer import Transformer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "BF16", "F16")
-_HEADS = ("lm_head.weight", "score.weight")
 _MAX_NAMES = 8
 _ROWS_AT_A_TIME = 8192
 
@@ -110,11 +109,11 @@ class HFWeights:
         expected = {self._key(place.name): (name, place) for name, place in self._places.items()}
         absent = [place.name for key, (_, place) in expected.items() if key not in self._stored]
         if new_head:
-            missing = [name for name in absent if name in _HEADS]
-            absent = [name for name in absent if name not in _HEADS]
+            missing = [name for name in absent if name in HEADS]
+            absent = [name for name in absent if name not in HEADS]
         unneeded = {"lm_head.weight"} if model.tie_word_embeddings or model.head == "scalar" else set()
         if new_head:
-            unneeded |= set(_HEADS)
+            unneeded |= set(HEADS)
         extra = [name for key, (_, name) in self._stored.items() if key not in expected and key not in unneeded]
         differing = []
         for key, (_, place) in expected.items():

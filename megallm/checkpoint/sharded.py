@@ -26,6 +26,7 @@ import torch
 from megallm.checkpoint.slices import SliceFiles, TensorSlice, write_slices
 from megallm.config.model import ModelConfig
 from megallm.config.serialize import from_plain, to_plain
+from megallm.model.hf_names import HEADS
 from megallm.model.transformer import Transformer
 from megallm.optim.flat import FlatParameters
 from megallm.optim.layout import boxes
@@ -97,20 +98,25 @@ def load(
     optimizer: Optimizer | None = None,
     *,
     flat: FlatParameters | None = None,
+    new_head: bool = False,
 ) -> TrainState:
     """Fills the model (and the optimizer) from a checkpoint of any layout; returns where that run stood. A collective.
 
+    new_head: the model's head keeps its weights, the checkpoint's is another.
     ValueError if the model's shape or the optimizer is another, or if tensors are missing.
     """
     directory = Path(directory)
     saved = read_model_config(directory)
+    if new_head:
+        saved = saved.replace(head=model.config.head, tie_word_embeddings=model.config.tie_word_embeddings)
     if saved != model.config:
         changed = [k for k, v in to_plain(model.config).items() if to_plain(saved).get(k) != v]
         raise ValueError(f"checkpoint {directory} is of another model: {', '.join(changed)} differ")
     values = json.loads((directory / "state.json").read_text())
     weights = SliceFiles(directory / "model")
     for each in _weights(model, flat):
-        weights.fill(each)
+        if not (new_head and each.name in HEADS):
+            weights.fill(each)
     if optimizer is not None:
         stored, state = SliceFiles(directory / "optimizer"), optimizer.state()
         if not stored.shapes and not values.get("optimizer"):

@@ -31,17 +31,18 @@ from megallm.config.rules import (
     not_negative,
     positive,
 )
-from megallm.config.run import RunConfig
+from megallm.config.run import JobConfig, RunConfig
 from megallm.config.train import TrainConfig
 
 
-def check_run(run: RunConfig, model: ModelConfig, world_size: int) -> list[str]:
+def check_run(run: JobConfig, model: ModelConfig, world_size: int) -> list[str]:
     """Warnings about `run` of `model` on `world_size` ranks; ValueError for the first broken rule."""
     parse_backends(run.backend)
     check_train(run.train)
     check_numerics(run.numerics)
     check_optim(run.optim, total_steps=run.train.steps)
-    check_data(run.data)
+    if isinstance(run, RunConfig):
+        check_data(run.data)
     check_checkpoint(run.checkpoint)
     check_model(model)
     check_layout(model, run.parallel, world_size)

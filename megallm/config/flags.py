@@ -17,11 +17,14 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from megallm.config.config_file import read_config_file
 from megallm.config.fields import ConfigField, did_you_mean, leaf_fields, parse_text
-from megallm.config.run import RunConfig
+from megallm.config.run import JobConfig, RunConfig
+
+Run = TypeVar("Run", bound=JobConfig)
+PRETRAINING = RunConfig()
 
 ALIASES: Mapping[str, str] = {
     "--lr": "--learning-rate",
@@ -49,11 +52,11 @@ ALIASES: Mapping[str, str] = {
 def parse_run_config(
     argv: Sequence[str] | None = None,
     *,
-    defaults: RunConfig | None = None,
+    defaults: Run = PRETRAINING,  # type: ignore[assignment]
     description: str = "",
     extra: Callable[[argparse.ArgumentParser], object] | None = None,
     model_defaults: Callable[[str | None], Mapping[str, object]] | None = None,
-) -> tuple[RunConfig, argparse.Namespace]:
+) -> tuple[Run, argparse.Namespace]:
     """The run that `argv` (None = the process's) asks for, and the values of the example's own arguments.
 
     `defaults` are the example's; its type decides which sections there are. `extra` adds arguments to the parser, which
@@ -61,7 +64,6 @@ def parse_run_config(
     and values that come before the config file and the flags: what a preset brings along.
     A user's mistake ends the process with exit code 2 and one line on stderr.
     """
-    defaults = defaults if defaults is not None else RunConfig()
     fields = {field.name: field for field in config_fields(type(defaults))}
     parser = build_parser(defaults, description=description)
     if extra is not None:
@@ -93,7 +95,7 @@ def config_fields(config: type) -> tuple[ConfigField, ...]:
     return fields
 
 
-def build_parser(defaults: RunConfig, *, description: str = "") -> argparse.ArgumentParser:
+def build_parser(defaults: JobConfig, *, description: str = "") -> argparse.ArgumentParser:
     """A parser of every field of `defaults`, grouped by section. It stores only what is given."""
     parser = _Parser(
         usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=_HelpFormatter
@@ -114,13 +116,13 @@ def value_at(config: Any, path: str) -> Any:
     return config
 
 
-def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+def with_values(config: Run, values: Mapping[str, Any]) -> Run:
     """`config` with the fields named in `values` (flat names) changed, whichever section they are in."""
     sections: dict[str, dict[str, Any]] = {}
     for field in config_fields(type(config)):
         if field.name in values:
             sections.setdefault(field.section, {})[field.name] = values[field.name]
-    changed: RunConfig = _replace(config, "", sections)
+    changed: Run = _replace(config, "", sections)
     return changed
 
 

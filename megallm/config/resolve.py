@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import TypeVar
 
 from megallm.config.optim import OptimConfig
 from megallm.config.parallel import ParallelConfig
-from megallm.config.run import RunConfig
+from megallm.config.run import JobConfig
+
+Run = TypeVar("Run", bound=JobConfig)
 
 
 def resolve_parallel(parallel: ParallelConfig) -> ParallelConfig:
@@ -46,7 +49,7 @@ def resolve_momentum(optim: OptimConfig) -> float | None:
     return {"sgd": 0.9, "muon": 0.95}.get(optim.optimizer)
 
 
-def resolve_run(run: RunConfig) -> RunConfig:
+def resolve_run(run: Run) -> Run:
     """`run` with every `auto` decided that needs neither the model nor the file system."""
     checkpoint, train = run.checkpoint, run.train
     if train.metrics_file is None and checkpoint.save is not None:

@@ -1,4 +1,4 @@
-"""One run: the sections that the flags of an example fill."""
+"""One run: the sections that the flags of an example fill. What trainers have in common, and pretraining's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megallm.config.train import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything the command line can say."""
+class JobConfig:
+    """What the command line of every trainer can say; each adds sections of its own."""
 
     model: str | None = None
     """A preset's name, or a Hugging Face model directory, whose weights are then loaded. auto = the embedded
@@ -32,7 +32,13 @@ class RunConfig:
     """Precision."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """What is trained on."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Where the run is saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(JobConfig):
+    """Pretraining."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is trained on."""

@@ -164,6 +164,12 @@ class PairDataset:
         """R."""
         self._groups, self._seed, self._shuffle, self._multiple = groups, seed, shuffle, pad_to_multiple
 
+    def unshuffled(self) -> PairDataset:
+        """The same groups in the order of the list, whose rows lie as they do here."""
+        return PairDataset(
+            self._groups, seq_length=self.seq_length, seed=self._seed, pad_to_multiple=self._multiple, shuffle=False
+        )
+
     def member(self, index: int) -> int:
         """The group of sample `index`, by its place in the list."""
         if index < 0:

@@ -18,6 +18,9 @@ import torch
 from megallm.config.model import Family, ModelConfig
 from megallm.model.counts import parameter_shapes
 
+HEADS = ("lm_head.weight", "score.weight")
+"""Global names of what is on top of the layers: of a language model, of a reward or value model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HFPlace:

@@ -55,9 +55,9 @@ class Console:
         self._last_printed = self._clock()
         self._print(step_line(metrics, total_steps=self._total_steps, eta_s=eta_s))
 
-    def validation(self, step: int, valid_loss: float) -> None:
-        """Print the line of a validation, always."""
-        self._print(validation_line(step, valid_loss, total_steps=self._total_steps))
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print the line of a validation, always. `metrics`: its `loss`, and perhaps others."""
+        self._print(validation_line(step, metrics, total_steps=self._total_steps))
 
     def notice(self, text: str) -> None:
         """Print a line of its own, always."""
@@ -100,11 +100,19 @@ def step_line(metrics: Mapping[str, Any], *, total_steps: int, eta_s: float | No
     return " | ".join(columns)
 
 
-def validation_line(step: int, valid_loss: float, *, total_steps: int) -> str:
-    """One validation as text: the columns of a training step, marked at both ends. Perplexity = exp(loss)."""
-    perplexity = math.exp(min(valid_loss, 700.0)) if math.isfinite(valid_loss) else math.nan
-    columns = [f"valid{_progress(step, total_steps)}", f"loss {_number(valid_loss, 7, 3)}"]
-    return " | ".join([*columns, f"perplexity {_number(perplexity, 7, 2)}"]) + " <===="
+def validation_line(step: int, metrics: Mapping[str, float], *, total_steps: int) -> str:
+    """One validation as text: the columns of a training step, marked at both ends.
+
+    A loss alone is a cross-entropy, whose perplexity is exp(loss).
+    """
+    loss = metrics["loss"]
+    columns = [f"valid{_progress(step, total_steps)}", f"loss {_number(loss, 7, 3)}"]
+    others = {name: value for name, value in metrics.items() if name != "loss"}
+    if not others:
+        perplexity = math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.nan
+        columns.append(f"perplexity {_number(perplexity, 7, 2)}")
+    columns += [f"{name.replace('_', ' ')} {_number(value, 7, 3)}" for name, value in others.items()]
+    return " | ".join(columns) + " <===="
 
 
 def format_count(count: float) -> str:

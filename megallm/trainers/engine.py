@@ -135,6 +135,11 @@ class Engine:
         if numerics.precision == "fp16":
             self.optimizer.loss_scale = LossScale(numerics, self.mesh.device)
 
+    @property
+    def last_stage_rank(self) -> int:
+        """The pipeline rank that has the model's output."""
+        return (self.num_stages - 1) % self.mesh.pp.size
+
     def train_step(
         self,
         batch: Batch,
@@ -218,14 +223,18 @@ class Engine:
         state = TrainState(step=self.step, consumed_samples=consumed_samples, tokens=tokens)
         sharded.save(directory, self.model, self.optimizer, state, flat=self.flat, keep=keep)
 
-    def load(self, directory: str, *, weights_only: bool = False) -> TrainState:
-        """Takes over the newest checkpoint in `directory`, saved at any layout; ValueError if none. A collective."""
+    def load(self, directory: str, *, weights_only: bool = False, new_head: bool = False) -> TrainState:
+        """Takes over the newest checkpoint in `directory`, saved at any layout; ValueError if none. A collective.
+
+        new_head: the stored head is another, and is left out; with weights_only.
+        """
         found = sharded.latest(directory)
         if found is None:
             raise ValueError(f"no complete checkpoint in {directory}")
         if self._residency is not None:
             self._residency.start_update()  # whole buckets that a forward left would be stale
-        state = sharded.load(found, self.model, None if weights_only else self.optimizer, flat=self.flat)
+        optimizer = None if weights_only else self.optimizer
+        state = sharded.load(found, self.model, optimizer, flat=self.flat, new_head=new_head)
         if weights_only and self.optimizer is not None:
             self.optimizer.refresh_master()
         self.step = 0 if weights_only else state.step

@@ -9,20 +9,38 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from megallm.parallel.collectives import all_reduce_
+from megallm.parallel.collectives import all_reduce_, broadcast_text
 from megallm.parallel.logprobs import IGNORE_INDEX, VocabLogits
 from megallm.trainers.engine import Engine
-from megallm.trainers.losses import Batch, language_model_loss
+from megallm.trainers.losses import Batch, LossFunction, language_model_loss
 
 
 def validation_loss(engine: Engine, batches: Iterable[Batch]) -> float:
     """Mean cross-entropy, nats, over the labels of all batches and dp ranks. A collective over the whole mesh."""
-    totals = torch.zeros(2, dtype=torch.float64, device=engine.mesh.device)
+    return validation_metrics(engine, batches, language_model_loss)["loss"]
+
+
+def validation_metrics(engine: Engine, batches: Iterable[Batch], loss_fn: LossFunction) -> dict[str, float]:
+    """`loss` and the loss function's own metrics, as means over what it counts in all batches of all dp ranks.
+
+    nan where it counts nothing. A collective over the whole mesh.
+    """
+    mesh = engine.mesh
+    totals: dict[str, torch.Tensor] = {}
     for batch in batches:
-        for loss_sum, count, _ in engine.forward(batch, language_model_loss):
-            totals += torch.stack([loss_sum.double(), count.double()])
-    loss_sum, count = all_reduce_(all_reduce_(totals, engine.mesh.dp), engine.mesh.pp).tolist()
-    return loss_sum / count if count else float("nan")
+        for loss_sum, count, metrics in engine.forward(batch, loss_fn):
+            for name, value in {"loss": loss_sum, "count": count, **metrics}.items():
+                totals[name] = totals.get(name, 0.0) + value.double()
+    own = "\n".join(sorted(totals))
+    names = broadcast_text(own, mesh.pp, mesh.device, src=engine.last_stage_rank).split("\n")
+    if names == [""]:  # no batch
+        return {"loss": float("nan")}
+    zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    sums = torch.stack([totals.get(name, zero) for name in names])
+    sums = all_reduce_(all_reduce_(sums, mesh.dp), mesh.pp)
+    found = dict(zip(names, sums.tolist(), strict=True))
+    number = found.pop("count")
+    return {name: value / number if number else float("nan") for name, value in found.items()}
 
 
 def score_documents(

@@ -22,7 +22,7 @@ from megallm.config.check import check_run
 from megallm.config.flags import format_config
 from megallm.config.model import ModelConfig
 from megallm.config.resolve import resolve_run
-from megallm.config.run import RunConfig
+from megallm.config.run import JobConfig
 from megallm.config.serialize import to_plain
 from megallm.data.tokenizer import Tokenizer
 from megallm.model.counts import parameter_counts
@@ -48,18 +48,22 @@ from megallm.trainers.source import ModelSource
 class JobPlan:
     """A run that has been checked."""
 
-    run: RunConfig
+    run: JobConfig
     """Resolved: no `auto` left."""
     source: ModelSource
     config: ModelConfig
     tokenizer: Tokenizer | None
     warnings: tuple[str, ...]
     memory: MemoryPlan
-    """Of the rank that needs most."""
+    """Of the ranks that need most."""
     resume_from: Path | None
+    rows_per_sample: int = 1
+    """Sequences of a sample: more than 1 where responses are compared."""
+    notes: tuple[str, ...] = ()
+    """Lines on the data, said at the start."""
 
 
-def check_shape(run: RunConfig, config: ModelConfig, *, world_size: int, device: torch.device) -> None:
+def check_shape(run: JobConfig, config: ModelConfig, *, world_size: int, device: torch.device) -> None:
     """ValueError for what is wrong whatever the data: called before minutes are spent on them."""
     check_run(run, config, world_size)
     partition_layers(config.num_hidden_layers, run.parallel.pp * run.parallel.virtual_stages)
@@ -67,7 +71,7 @@ def check_shape(run: RunConfig, config: ModelConfig, *, world_size: int, device:
 
 
 def plan_job(
-    run: RunConfig,
+    run: JobConfig,
     *,
     source: ModelSource,
     config: ModelConfig,
@@ -75,10 +79,12 @@ def plan_job(
     world_size: int,
     local_world_size: int,
     device: torch.device,
+    rows_per_sample: int = 1,
+    notes: tuple[str, ...] = (),
 ) -> JobPlan:
     """The checked run of `config`, source's shape as the data made it. ValueError or FileNotFoundError, one message.
 
-    local_world_size: ranks that share this node's memory.
+    local_world_size: ranks that share this node's memory. rows_per_sample, notes: see JobPlan.
     """
     run = resolve_run(run)
     warnings = check_run(run, config, world_size)
@@ -89,7 +95,9 @@ def plan_job(
         backends, config, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision],
         offload=run.parallel.offload != "none",
     )  # fmt: skip
-    memory = plan_memory(run, config, world_size=world_size, device=device, backends=backends)
+    memory = plan_memory(
+        run, config, world_size=world_size, device=device, backends=backends, rows_per_sample=rows_per_sample
+    )
     check_offload(memory, local_world_size=local_world_size)
     resume_from = _resume_from(run)
     if resume_from is not None and sharded.read_model_config(resume_from) != config:
@@ -99,7 +107,7 @@ def plan_job(
         )
     return JobPlan(
         run=run, source=source, config=config, tokenizer=tokenizer, warnings=tuple(warnings), memory=memory,
-        resume_from=resume_from,
+        resume_from=resume_from, rows_per_sample=rows_per_sample, notes=notes,
     )  # fmt: skip
 
 
@@ -110,12 +118,12 @@ def run_job(
     *,
     loader: Callable[[Engine], Loader],
     loss_fn: LossFunction,
-    validate: Callable[[Engine], Callable[[], float] | None],
+    validate: Callable[[Engine], Callable[[], dict[str, float]] | None],
     count_fn: Callable[[Batch], torch.Tensor] = count_labels,
 ) -> Engine:
     """Trains as planned; leaves checkpoints, metrics and a plot in the save directory. A collective of the job.
 
-    loader, validate: what gives batches, and the validation loss (None = there is none), on this rank's engine.
+    loader, validate: what gives batches, and the validation's metrics (None = there is none), on this rank's engine.
     """
     run, log = plan.run, Log(info.rank)
     start_process_group(rank=info.rank, world_size=info.world_size, device=device)
@@ -142,7 +150,7 @@ def _build(plan: JobPlan, device: torch.device, log: Log) -> Engine:
         mesh,
         parallel=parallel,
         optim=run.optim,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=train.micro_batch_size * plan.rows_per_sample,
         precision=run.numerics,
         recompute=train.recompute,
         seed=train.seed,
@@ -163,7 +171,7 @@ def _start(plan: JobPlan, engine: Engine, log: Log) -> TrainState:
     return state
 
 
-def _resume_from(run: RunConfig) -> Path | None:
+def _resume_from(run: JobConfig) -> Path | None:
     if run.checkpoint.load is not None:
         found = sharded.latest(run.checkpoint.load)
         if found is None:
@@ -172,7 +180,7 @@ def _resume_from(run: RunConfig) -> Path | None:
     return None if run.checkpoint.save is None else sharded.latest(run.checkpoint.save)
 
 
-def _outputs(run: RunConfig) -> Outputs:
+def _outputs(run: JobConfig) -> Outputs:
     save, metrics = run.checkpoint.save, run.train.metrics_file
     root = None if save is None else Path(save)
     if metrics is not None:
@@ -194,9 +202,15 @@ def _announce(plan: JobPlan, mesh: Mesh, log: Log) -> None:
     )
     log.info(
         f"{mesh.world.size} ranks = tp {mesh.tp.size} x pp {mesh.pp.size} x dp {mesh.dp.size} on {mesh.device.type}; "
-        f"one step = {run.train.global_batch_size} sequences of {run.train.seq_length} tokens"
+        f"one step = {run.train.global_batch_size} {_what_a_sample_is(plan)} {run.train.seq_length} tokens"
     )
+    for note in plan.notes:
+        log.info(note)
     log.info(format_memory_table(plan.memory, capacity=device_capacity(mesh.device)))
+
+
+def _what_a_sample_is(plan: JobPlan) -> str:
+    return "sequences of" if plan.rows_per_sample == 1 else f"groups of {plan.rows_per_sample} responses of up to"
 
 
 def _conclude(plan: JobPlan, engine: Engine, log: Log, outputs: Outputs) -> None:

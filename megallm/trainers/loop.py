@@ -17,7 +17,7 @@ import torch
 from megallm.checkpoint import sharded
 from megallm.checkpoint.sharded import TrainState
 from megallm.config.hardware import find_gpu
-from megallm.config.run import RunConfig
+from megallm.config.run import JobConfig
 from megallm.model.counts import model_flops_per_token
 from megallm.monitor.console import Console
 from megallm.monitor.metrics import MetricsWriter
@@ -54,17 +54,20 @@ class Outputs:
 
 def train_loop(
     engine: Engine,
-    run: RunConfig,
+    run: JobConfig,
     loader: Loader,
     loss_fn: LossFunction,
     *,
     count_fn: Callable[[Batch], torch.Tensor] = count_labels,
-    validate: Callable[[], float] | None,
+    validate: Callable[[], dict[str, float]] | None,
     state: TrainState,
     outputs: Outputs,
     memory: MemoryReport | None = None,
 ) -> TrainState:
-    """Trains from `state` to `run.train.steps`; returns where it ended. A collective."""
+    """Trains from `state` to `run.train.steps`; returns where it ended. A collective.
+
+    validate: the validation's `loss` and what else the metrics file is to have as `valid_NAME`; None = there is none.
+    """
     loop = _Loop(engine, run, validate, state, outputs)
     for step in range(state.step, run.train.steps):
         learning_rate = learning_rate_at(step, config=run.optim, total_steps=run.train.steps)
@@ -82,8 +85,8 @@ class _Loop:
     def __init__(
         self,
         engine: Engine,
-        run: RunConfig,
-        validate: Callable[[], float] | None,
+        run: JobConfig,
+        validate: Callable[[], dict[str, float]] | None,
         state: TrainState,
         outputs: Outputs,
     ) -> None:
@@ -138,21 +141,21 @@ class _Loop:
         lap = self._throughput.lap(tokens=trained, steps=len(lines))
         memory = memory_gib(self._engine.mesh.device)
         eta = self._throughput.eta_s(self._run.train.steps - self.state.step)
-        valid_loss = self._validate() if with_validation and self._validate is not None else None
+        valid = self._validate() if with_validation and self._validate is not None else None
         self._throughput.start()
         self._pending = []
         for line in lines:
             line |= {"step_time_s": lap.step_time_s, "tokens_per_s": lap.tokens_per_s, "mfu": lap.mfu}
             line |= {"memory_gib": memory, "bad_steps": self._bad_steps.total}
-            if valid_loss is not None and line["step"] == self.state.step:
-                line["valid_loss"] = valid_loss
+            if valid is not None and line["step"] == self.state.step:
+                line |= {f"valid_{name}": value for name, value in valid.items()}
             if self._writer is not None:
                 self._writer.write(line)
             if self._console is not None:
                 self._console.step(line, eta_s=eta)
         self._bad_steps.check(self.state.step)
-        if valid_loss is not None and self._console is not None:
-            self._console.validation(self.state.step, valid_loss)
+        if valid is not None and self._console is not None:
+            self._console.validation(self.state.step, valid)
 
     def _save(self) -> None:
         if self.state.step == self._saved_step:
@@ -171,7 +174,7 @@ class _Loop:
         self._throughput.start()
 
 
-def _throughput(engine: Engine, run: RunConfig) -> Throughput:
+def _throughput(engine: Engine, run: JobConfig) -> Throughput:
     mesh = engine.mesh
     gpu = find_gpu(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
     return Throughput(

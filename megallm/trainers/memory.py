@@ -16,7 +16,7 @@ import torch
 
 from megallm.config.check import data_parallel_size, num_microbatches
 from megallm.config.model import ModelConfig
-from megallm.config.run import RunConfig
+from megallm.config.run import JobConfig
 from megallm.model.fused import fused_choices
 from megallm.monitor.memory import MemoryWatch, largest
 from megallm.monitor.memory_table import format_memory_table
@@ -28,7 +28,13 @@ from megallm.trainers.engine import DTYPES, Engine
 
 
 def plan_memory(
-    run: RunConfig, config: ModelConfig, *, world_size: int, device: torch.device, backends: Backends
+    run: JobConfig,
+    config: ModelConfig,
+    *,
+    world_size: int,
+    device: torch.device,
+    backends: Backends,
+    rows_per_sample: int = 1,
 ) -> MemoryPlan:
     """What the ranks that need most will need, for a run that passed the checks."""
     dp = data_parallel_size(run.parallel, world_size)
@@ -36,7 +42,7 @@ def plan_memory(
         config,
         run.parallel,
         dp=dp,
-        micro_batch_size=run.train.micro_batch_size,
+        micro_batch_size=run.train.micro_batch_size * rows_per_sample,
         seq_length=run.train.seq_length,
         num_microbatches=num_microbatches(run.train, dp),
         numerics=run.numerics,
@@ -87,7 +93,7 @@ def device_capacity(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def _fused(run: RunConfig, config: ModelConfig, device: torch.device, backends: Backends) -> set[str]:
+def _fused(run: JobConfig, config: ModelConfig, device: torch.device, backends: Backends) -> set[str]:
     """The operations that run on Triton."""
     choices = fused_choices(
         config, backends, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision],

@@ -20,7 +20,7 @@ from megallm.generate.sampling import Sampling
 from megallm.runtime.environment import LaunchInfo
 from megallm.runtime.logging import Log
 from megallm.trainers.engine import Engine
-from megallm.trainers.evaluate import validation_loss
+from megallm.trainers.evaluate import validation_metrics
 from megallm.trainers.job import JobPlan, check_shape, plan_job, run_job
 from megallm.trainers.losses import language_model_loss
 from megallm.trainers.source import open_model
@@ -84,14 +84,14 @@ def pretrain(plan: PretrainPlan, info: LaunchInfo, device: torch.device, *, samp
             prefetch=True,
         )  # fmt: skip
 
-    def validate(engine: Engine) -> Callable[[], float] | None:
+    def validate(engine: Engine) -> Callable[[], dict[str, float]] | None:
         if plan.valid_samples is None:
             return None
         batches = ValidationLoader(
             plan.valid_samples, num_sequences=train.eval_sequences, batch_size=train.global_batch_size,
             dp_rank=engine.mesh.dp.rank, dp_size=engine.mesh.dp.size,
         )  # fmt: skip
-        return lambda: validation_loss(engine, batches)
+        return lambda: validation_metrics(engine, batches, language_model_loss)
 
     engine = run_job(plan.job, info, device, loader=loader, loss_fn=language_model_loss, validate=validate)
     show_sample(engine, plan.job.tokenizer, sample_prompt, log=Log(info.rank))

@@ -14,6 +14,8 @@ from megallm.config.presets import get_preset
 from megallm.data.tokenizer import Tokenizer
 from megallm.trainers.engine import Engine
 
+Head = Literal["lm", "scalar"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
@@ -23,7 +25,14 @@ class ModelSource:
     kind: Literal["preset", "huggingface", "checkpoint"]
     path: Path | None = None
     """Directory of the weights; None = new weights."""
+    new_head: bool = False
+    """Whether the head is not the stored one, and keeps its initial weights."""
     tokenizer_path: Path | None = None
+
+    @property
+    def directory(self) -> Path | None:
+        """Where its tokenizer and chat template are; None for a preset."""
+        return None if self.tokenizer_path is None else _folder(self.tokenizer_path)
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer beside the weights, if there is one."""
@@ -34,16 +43,18 @@ class ModelSource:
         if self.path is None:
             return
         if self.kind == "checkpoint":
-            engine.load(str(self.path), weights_only=True)
+            engine.load(str(self.path), weights_only=True, new_head=self.new_head)
         else:
-            load_into(engine.model, self.path, groups=None if engine.flat is None else engine.flat.refill())
+            groups = None if engine.flat is None else engine.flat.refill()
+            load_into(engine.model, self.path, new_head=self.new_head, groups=groups)
             if engine.optimizer is not None:
                 engine.optimizer.refresh_master()
 
 
-def open_model(name: str, *, from_scratch: bool = False) -> ModelSource:
+def open_model(name: str, *, from_scratch: bool = False, head: Head | None = None) -> ModelSource:
     """The source that `--model name` means. Reads headers only.
 
+    head: what the model is to have; a new one where another is stored. None = the stored one.
     ValueError or FileNotFoundError for an unknown preset, a missing directory, an unsupported architecture, or a
     directory without weights.
     """
@@ -51,20 +62,40 @@ def open_model(name: str, *, from_scratch: bool = False) -> ModelSource:
     if not path.is_dir():
         if "/" in name or path.exists():
             raise FileNotFoundError(f"{name}: no such model directory; give one, or the name of a preset")
-        return ModelSource(config=get_preset(name), kind="preset")
+        return ModelSource(config=_with_head(get_preset(name), head), kind="preset")
     checkpoint = sharded.latest(path)
     if checkpoint is not None:
         found = [p / "tokenizer.json" for p in (checkpoint, checkpoint.parent) if (p / "tokenizer.json").is_file()]
-        config = sharded.read_model_config(checkpoint)
-        weights = None if from_scratch else checkpoint
-        return ModelSource(config=config, kind="checkpoint", path=weights, tokenizer_path=found[0] if found else None)
-    config = model_config_from_hf(read_hf_config(path))
+        stored = sharded.read_model_config(checkpoint)
+        config = _with_head(stored, head)
+        return ModelSource(
+            config=config,
+            kind="checkpoint",
+            path=None if from_scratch else checkpoint,
+            new_head=config.head != stored.head,
+            tokenizer_path=found[0] if found else None,
+        )
+    stored = model_config_from_hf(read_hf_config(path))
+    config = _with_head(stored, head)
     if not from_scratch:
-        HFWeights(path, config)  # every tensor's name and shape, from the files' headers
+        HFWeights(path, config, new_head=config.head != stored.head)  # names and shapes, from the files' headers
     has_tokenizer = (path / "tokenizer.json").is_file()
     return ModelSource(
         config=config,
         kind="huggingface",
         path=None if from_scratch else path,
+        new_head=config.head != stored.head,
         tokenizer_path=path if has_tokenizer else None,
     )
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _with_head(config: ModelConfig, head: Head | None) -> ModelConfig:
+    if head is None or head == config.head:
+        return config
+    if head == "lm":
+        raise ValueError("this is a reward model, with a scalar head: give a language model")
+    return config.replace(head=head, tie_word_embeddings=False)

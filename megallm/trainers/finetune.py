@@ -1,0 +1,126 @@
+"""What supervised fine-tuning, reward models and DPO have in common: a model that exists, records, and their plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic
+
+import torch
+
+from megallm.config.check_finetune import check_examples
+from megallm.config.finetune import DpoConfig, RewardConfig, SftConfig
+from megallm.config.model import ModelConfig
+from megallm.data.finetune_data import Dataset, FinetuneData
+from megallm.data.loader import BatchLoader, ValidationLoader
+from megallm.data.tokenizer import Tokenizer
+from megallm.trainers.engine import Engine
+from megallm.trainers.evaluate import validation_metrics
+from megallm.trainers.job import JobPlan, check_shape, plan_job
+from megallm.trainers.losses import LossFunction
+from megallm.trainers.source import Head, ModelSource, open_model
+
+DEMO = Path("runs/demo")
+"""What `make demo` leaves."""
+_ROUND_TO = 8
+"""Rows are as long as their batch's longest, rounded up to this (times tp)."""
+
+FinetuneConfig = SftConfig | RewardConfig | DpoConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The model to start from."""
+
+    source: ModelSource
+    config: ModelConfig
+    tokenizer: Tokenizer
+    multiple: int
+    """What row lengths are rounded to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetunePlan(Generic[Dataset]):
+    """A run that has been checked, with its data."""
+
+    job: JobPlan
+    data: FinetuneData[Dataset]
+
+
+def open_base(
+    run: FinetuneConfig, *, world_size: int, device: torch.device, head: Head, drop: bool = True, rows: int = 1
+) -> Base:
+    """The model that `run` starts from, its shape checked. ValueError or FileNotFoundError.
+
+    drop: whether the model's dropout stays; losses that compare two passes want none. rows: sequences of a sample.
+    """
+    check_examples(run.data)
+    source = open_model(run.model or str(DEMO), from_scratch=run.from_scratch, head=head)
+    config = source.config if drop else source.config.replace(hidden_dropout=0.0, attention_dropout=0.0)
+    check_shape(run, config, world_size=world_size, device=device)
+    tokenizer = source.tokenizer() if run.data.tokenizer is None else Tokenizer.from_path(run.data.tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"{run.model} has no tokenizer.json beside it: give one with --tokenizer")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, but {run.model or DEMO} has a vocabulary of "
+            f"{config.vocab_size}: use the tokenizer that the model was trained with"
+        )
+    return Base(source=source, config=config, tokenizer=tokenizer, multiple=_ROUND_TO * run.parallel.tp)
+
+
+def plan_finetune(
+    run: FinetuneConfig,
+    base: Base,
+    data: FinetuneData[Dataset],
+    *,
+    world_size: int,
+    local_world_size: int,
+    device: torch.device,
+) -> FinetunePlan[Dataset]:
+    """The checked run on its data; `steps` follow from `epochs` where these are given."""
+    if run.data.epochs is not None:
+        steps = math.ceil(run.data.epochs * data.train.num_samples / run.train.global_batch_size)
+        run = replace(run, train=replace(run.train, steps=steps))
+    passes = run.train.steps * run.train.global_batch_size / data.train.num_samples
+    note = f"{data.train.num_samples:,} samples: {run.train.steps:,} steps are {passes:.2f} passes over them"
+    job = plan_job(
+        run, source=base.source, config=base.config, tokenizer=base.tokenizer, world_size=world_size,
+        local_world_size=local_world_size, device=device, rows_per_sample=getattr(data.train, "rows_per_sample", 1),
+        notes=(*data.notes, note),
+    )  # fmt: skip
+    return FinetunePlan(job=job, data=data)
+
+
+def batches(plan: FinetunePlan[Dataset], engine: Engine) -> BatchLoader:
+    """This rank's training batches."""
+    dp = engine.mesh.dp
+    return BatchLoader(
+        plan.data.train, global_batch_size=plan.job.run.train.global_batch_size, dp_rank=dp.rank, dp_size=dp.size,
+        prefetch=True,
+    )  # fmt: skip
+
+
+def valid_batches(plan: FinetunePlan[Dataset], engine: Engine) -> ValidationLoader | None:
+    """This rank's validation batches; None if there is no validation data."""
+    train, dp = plan.job.run.train, engine.mesh.dp
+    if plan.data.valid is None:
+        return None
+    return ValidationLoader(
+        plan.data.valid, num_sequences=train.eval_sequences, batch_size=train.global_batch_size, dp_rank=dp.rank,
+        dp_size=dp.size,
+    )  # fmt: skip
+
+
+def validate_with(
+    plan: FinetunePlan[Dataset], loss_fn: LossFunction
+) -> Callable[[Engine], Callable[[], dict[str, float]] | None]:
+    """What `run_job` takes: the loss function's mean and metrics on the validation data."""
+
+    def validate(engine: Engine) -> Callable[[], dict[str, float]] | None:
+        loader = valid_batches(plan, engine)
+        return None if loader is None else lambda: validation_metrics(engine, loader, loss_fn)
+
+    return validate

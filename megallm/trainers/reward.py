@@ -1,0 +1,39 @@
+"""Reward models: a scalar head, read at the last token of each response, trained on which response is better."""
+
+from __future__ import annotations
+
+import torch
+
+from megallm.config.check_finetune import check_reward
+from megallm.config.finetune import RewardConfig
+from megallm.data.finetune import PairDataset
+from megallm.data.finetune_data import comparison_data
+from megallm.runtime.environment import LaunchInfo
+from megallm.trainers.engine import Engine
+from megallm.trainers.finetune import FinetunePlan, batches, open_base, plan_finetune, validate_with
+from megallm.trainers.job import run_job
+from megallm.trainers.preference_losses import RewardLoss, count_prompts
+
+
+def plan(
+    run: RewardConfig, *, world_size: int, device: torch.device, local_world_size: int = 1
+) -> FinetunePlan[PairDataset]:
+    """The checked run. ValueError or FileNotFoundError, in one message, for everything a user can get wrong."""
+    check_reward(run.reward)
+    base = open_base(run, world_size=world_size, device=device, head="scalar", drop=False)
+    data = comparison_data(
+        run.data, tokenizer=base.tokenizer, model=base.source.directory, seq_length=run.train.seq_length,
+        seed=run.train.seed, multiple=base.multiple, only_pairs=False,
+    )  # fmt: skip
+    return plan_finetune(run, base, data, world_size=world_size, local_world_size=local_world_size, device=device)
+
+
+def train(plan: FinetunePlan[PairDataset], info: LaunchInfo, device: torch.device) -> Engine:
+    """Trains as planned; leaves checkpoints, metrics and a plot in the save directory. A collective of the job."""
+    run = plan.job.run
+    assert isinstance(run, RewardConfig)
+    loss_fn = RewardLoss(centering=run.reward.centering)
+    return run_job(
+        plan.job, info, device, loader=lambda engine: batches(plan, engine), loss_fn=loss_fn,
+        validate=validate_with(plan, loss_fn), count_fn=count_prompts,
+    )  # fmt: skip
