@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from megallm.config.model import ModelConfig
 from megallm.config.numerics import NumericsConfig, Precision
@@ -33,6 +34,7 @@ SEED = 7
 OPTIM = OptimConfig(learning_rate=1e-2, max_grad_norm=0.5, weight_decay=0.1)
 
 Result = TypeVar("Result")
+_MESHES: dict[tuple[int, int, int, int | None], Mesh] = {}
 
 _SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
 MODELS: dict[str, ModelConfig] = {
@@ -91,7 +93,7 @@ class Case:
 
 def make_engine(case: Case, **overrides: Any) -> Engine:
     """The case's engine on this rank, fresh. A collective of the case's world."""
-    mesh = Mesh.build(tp=case.tp, pp=case.pp, dp=case.dp, shard_size=case.shard)
+    mesh = _mesh_of(case.tp, case.pp, case.dp, case.shard)
     options: dict[str, Any] = {
         "parallel": ParallelConfig(
             tp=case.tp,
@@ -111,6 +113,20 @@ def make_engine(case: Case, **overrides: Any) -> Engine:
         "seed": SEED,
     }
     return Engine(MODELS[case.model], mesh, **(options | overrides))
+
+
+def _mesh_of(tp: int, pp: int, dp: int, shard: int | None) -> Mesh:
+    """One mesh for all cases of a layout: every gloo group has threads and sockets that wake up again and again."""
+    key = (tp, pp, dp, shard)
+    if key not in _MESHES or not _is_alive(_MESHES[key]):
+        _MESHES[key] = Mesh.build(tp=tp, pp=pp, dp=dp, shard_size=shard)
+    return _MESHES[key]
+
+
+def _is_alive(mesh: Mesh) -> bool:
+    """Whether the mesh's groups are there: a pool destroys those of a call when it ends."""
+    groups = [axis.group for axis in (mesh.tp, mesh.dp, mesh.pp, mesh.shard, mesh.replicate, mesh.embedding)]
+    return all(group is None or group in dist.distributed_c10d._world.pg_map for group in groups)
 
 
 def global_batch(step: int) -> dict[str, torch.Tensor]:
