@@ -91,8 +91,8 @@ class Case:
         return "-".join(words)
 
 
-def make_engine(case: Case, **overrides: Any) -> Engine:
-    """The case's engine on this rank, fresh. A collective of the case's world."""
+def make_engine(case: Case, *, config: ModelConfig | None = None, **overrides: Any) -> Engine:
+    """The case's engine on this rank, fresh, of its model or of `config`. A collective of the case's world."""
     mesh = _mesh_of(case.tp, case.pp, case.dp, case.shard)
     options: dict[str, Any] = {
         "parallel": ParallelConfig(
@@ -112,7 +112,7 @@ def make_engine(case: Case, **overrides: Any) -> Engine:
         "recompute": case.recompute,
         "seed": SEED,
     }
-    return Engine(MODELS[case.model], mesh, **(options | overrides))
+    return Engine(MODELS[case.model] if config is None else config, mesh, **(options | overrides))
 
 
 def _mesh_of(tp: int, pp: int, dp: int, shard: int | None) -> Mesh:

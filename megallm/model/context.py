@@ -5,6 +5,7 @@ Letters: B sequences, S positions, T = B * S tokens (batch-major), t tp size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,22 +25,34 @@ class Cache(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Dropout:
-    """Dropout masks as a function of (key, layer, place, global token): equal on every layout."""
+    """Dropout masks, and noise, as a function of (key, layer, place, global token): equal on every layout."""
 
     key: int
     """Made from the seed and the step."""
     sample_ids: torch.Tensor
     """[B] int64, global number of each sequence."""
+    noise: float = 0.0
+    """alpha of uniform noise on the embeddings (arXiv 2310.05914, algorithm 1)."""
+
+    def noisy(self, x: torch.Tensor, *, first_token: int, seq_length: int) -> torch.Tensor:
+        """x [n, H] of tokens as for `hidden`, plus noise in +- alpha / sqrt(S H)."""
+        index = self._index(x, first_token, seq_length)
+        noise = random.uniform(index, random.key(self.key, "noise")) * 2.0 - 1.0
+        return x + (noise * (self.noise / math.sqrt(seq_length * x.size(-1)))).to(x.dtype)
 
     def hidden(
         self, x: torch.Tensor, drop: float, *, layer: int, place: str, first_token: int, seq_length: int
     ) -> torch.Tensor:
         """x [n, H] = tokens first_token .. first_token+n-1 of the microbatch, with dropped elements zeroed."""
-        token = torch.arange(first_token, first_token + x.size(0), device=x.device)
-        token = self.sample_ids[token // seq_length] * seq_length + token % seq_length
-        index = token.unsqueeze(-1) * x.size(-1) + torch.arange(x.size(-1), device=x.device)
+        index = self._index(x, first_token, seq_length)
         keep = random.keep_mask(index, key=random.key(self.key, layer, place), drop=drop)
         return x * (keep.to(x.dtype) / (1.0 - drop))
+
+    def _index(self, x: torch.Tensor, first_token: int, seq_length: int) -> torch.Tensor:
+        """Global number of every element of x [n, H]."""
+        token = torch.arange(first_token, first_token + x.size(0), device=x.device)
+        token = self.sample_ids[token // seq_length] * seq_length + token % seq_length
+        return token.unsqueeze(-1) * x.size(-1) + torch.arange(x.size(-1), device=x.device)
 
     def attention(
         self, drop: float, *, layer: int, first_head: int, num_heads: int, all_heads: int, seq_length: int

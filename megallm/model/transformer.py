@@ -137,6 +137,8 @@ class Stage(nn.Module):
             positions = own_part(positions, part) if part is not None else positions
             x = x + F.embedding(positions, self.embed_positions)
         tp_rank = part.rank if part is not None else 0
+        if context.dropout is not None and context.dropout.noise:
+            x = context.dropout.noisy(x, first_token=tp_rank * x.size(0), seq_length=context.seq_length)
         return drop_hidden(x, context, self.config.hidden_dropout, layer=-1, place="embedding", tp_rank=tp_rank)
 
     def _head(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor | VocabLogits:

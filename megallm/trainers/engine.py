@@ -71,12 +71,14 @@ class Engine:
         recompute: Recompute = "none",
         seed: int = 1234,
         train: bool = True,
+        neftune_alpha: float = 0.0,
         backends: Backends = DEFAULT,
     ) -> None:
         """Builds and initialises this rank's part. Of `parallel` only what the mesh does not say is used.
 
         precision: its name, or all about it; ValueError for fp8 without fp8 hardware, unless it is to be emulated.
         micro_batch_size: sequences a forward takes at once; `train=False` leaves out gradients and optimizer state.
+        neftune_alpha: of the noise on the embeddings of training steps.
         backends: what the fused operations run on; ValueError if one is forced that cannot run here.
         ValueError if the optimizer does not exist, or cannot work on what `parallel` leaves a rank.
         """
@@ -93,7 +95,7 @@ class Engine:
         fp8 = fp8_recipe(numerics)
         for warning in check_fp8(fp8, config, tp=mesh.tp.size, device=mesh.device):
             logging.getLogger("megallm.trainers").info(warning)
-        self.micro_batch_size, self.seed = micro_batch_size, seed
+        self.micro_batch_size, self.seed, self._noise = micro_batch_size, seed, neftune_alpha
         self._virtual_stages, self._schedule_name = parallel.virtual_stages, parallel.schedule
         self.num_stages = mesh.pp.size * parallel.virtual_stages
         self.model = Transformer(
@@ -154,7 +156,7 @@ class Engine:
         """
         if self.gradients is None or self.optimizer is None:
             raise ValueError("this engine was built with train=False: build it with train=True to train")
-        has_dropout = self.config.hidden_dropout > 0 or self.config.attention_dropout > 0
+        is_random = self.config.hidden_dropout > 0 or self.config.attention_dropout > 0 or self._noise > 0
         with self._products():
             result = train_step(
                 self.model,
@@ -166,7 +168,8 @@ class Engine:
                 count_fn=count_fn,
                 learning_rate=self.optim.learning_rate if learning_rate is None else learning_rate,
                 max_grad_norm=self.optim.max_grad_norm,
-                dropout_key=dropout_key(self.seed, self.step) if has_dropout else None,
+                dropout_key=dropout_key(self.seed, self.step) if is_random else None,
+                noise=self._noise,
             )
         self.step += 1
         return result

@@ -6,28 +6,39 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic
+from typing import Generic, TypeVar
 
 import torch
 
+from megallm.checkpoint import sharded
 from megallm.config.check_finetune import check_examples
+from megallm.config.checkpoint import CheckpointConfig
+from megallm.config.data import DataConfig
 from megallm.config.finetune import DpoConfig, RewardConfig, SftConfig
 from megallm.config.model import ModelConfig
+from megallm.config.optim import OptimConfig
+from megallm.config.run import RunConfig
+from megallm.config.train import TrainConfig
 from megallm.data.finetune_data import Dataset, FinetuneData
 from megallm.data.loader import BatchLoader, ValidationLoader
+from megallm.data.show import show_masks
 from megallm.data.tokenizer import Tokenizer
+from megallm.runtime.environment import LaunchInfo
+from megallm.runtime.logging import Log
+from megallm.trainers import pretrain
 from megallm.trainers.engine import Engine
 from megallm.trainers.evaluate import validation_metrics
 from megallm.trainers.job import JobPlan, check_shape, plan_job
 from megallm.trainers.losses import LossFunction
 from megallm.trainers.source import Head, ModelSource, open_model
 
-DEMO = Path("runs/demo")
-"""What `make demo` leaves."""
+DEMO, BASE = Path("runs/demo"), Path("runs/base")
+"""What `make demo` leaves; what is trained here where that is not there."""
 _ROUND_TO = 8
 """Rows are as long as their batch's longest, rounded up to this (times tp)."""
 
 FinetuneConfig = SftConfig | RewardConfig | DpoConfig
+Run = TypeVar("Run", SftConfig, RewardConfig, DpoConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +60,31 @@ class FinetunePlan(Generic[Dataset]):
     data: FinetuneData[Dataset]
 
 
+def with_base_model(run: Run, info: LaunchInfo, device: torch.device, *, cache_dir: Path) -> Run:
+    """`run` with a model to start from: where none is named, that of `make demo`, else a tiny one trained first.
+
+    A collective of the job in the last case.
+    """
+    if run.model is not None:
+        return run
+    found = next((path for path in (DEMO, BASE) if sharded.latest(path) is not None), None)
+    if found is None:
+        found = BASE
+        Log(info.rank).info(f"no model is named, and {DEMO} is not there: a tiny one is trained into {BASE} first")
+        tiny = RunConfig(
+            train=TrainConfig(
+                steps=140, micro_batch_size=2, global_batch_size=_up_to_multiple(16, 2 * info.world_size),
+                seq_length=128,
+            ),
+            optim=OptimConfig(learning_rate=2e-3, warmup_steps=5),
+            data=DataConfig(tokenizer_vocab_size=2048),
+            checkpoint=CheckpointConfig(save=str(BASE)),
+        )
+        plan = pretrain.plan(tiny, world_size=info.world_size, cache_dir=cache_dir, device=device)
+        pretrain.pretrain(plan, info, device)
+    return replace(run, model=str(found))
+
+
 def open_base(
     run: FinetuneConfig, *, world_size: int, device: torch.device, head: Head, drop: bool = True, rows: int = 1
 ) -> Base:
@@ -57,7 +93,8 @@ def open_base(
     drop: whether the model's dropout stays; losses that compare two passes want none. rows: sequences of a sample.
     """
     check_examples(run.data)
-    source = open_model(run.model or str(DEMO), from_scratch=run.from_scratch, head=head)
+    assert run.model is not None, "with_base_model comes first"
+    source = open_model(run.model, from_scratch=run.from_scratch, head=head)
     config = source.config if drop else source.config.replace(hidden_dropout=0.0, attention_dropout=0.0)
     check_shape(run, config, world_size=world_size, device=device)
     tokenizer = source.tokenizer() if run.data.tokenizer is None else Tokenizer.from_path(run.data.tokenizer)
@@ -65,7 +102,7 @@ def open_base(
         raise ValueError(f"{run.model} has no tokenizer.json beside it: give one with --tokenizer")
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, but {run.model or DEMO} has a vocabulary of "
+            f"the tokenizer has {tokenizer.vocab_size} ids, but {run.model} has a vocabulary of "
             f"{config.vocab_size}: use the tokenizer that the model was trained with"
         )
     return Base(source=source, config=config, tokenizer=tokenizer, multiple=_ROUND_TO * run.parallel.tp)
@@ -92,6 +129,16 @@ def plan_finetune(
         notes=(*data.notes, note),
     )  # fmt: skip
     return FinetunePlan(job=job, data=data)
+
+
+def show(plan: FinetunePlan[Dataset], number: int, *, colour: bool) -> str:
+    """The first examples with what is trained in them made visible."""
+    assert plan.job.tokenizer is not None
+    return "\n".join([*plan.job.notes, show_masks(plan.data.examples, plan.job.tokenizer, number, colour=colour)])
+
+
+def _up_to_multiple(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def batches(plan: FinetunePlan[Dataset], engine: Engine) -> BatchLoader:

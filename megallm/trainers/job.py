@@ -61,6 +61,8 @@ class JobPlan:
     """Sequences of a sample: more than 1 where responses are compared."""
     notes: tuple[str, ...] = ()
     """Lines on the data, said at the start."""
+    neftune_alpha: float = 0.0
+    """Of the noise on the embeddings of training steps."""
 
 
 def check_shape(run: JobConfig, config: ModelConfig, *, world_size: int, device: torch.device) -> None:
@@ -154,6 +156,7 @@ def _build(plan: JobPlan, device: torch.device, log: Log) -> Engine:
         precision=run.numerics,
         recompute=train.recompute,
         seed=train.seed,
+        neftune_alpha=plan.neftune_alpha,
         backends=Backends(parse_backends(run.backend), announce=lambda line: log.info(f"kernel {line}")),
     )
 

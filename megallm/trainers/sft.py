@@ -5,6 +5,8 @@ The loss of a step is the sum over its trained tokens, over all microbatches and
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from megallm.config.check_finetune import check_sft
@@ -30,7 +32,8 @@ def plan(
         run.data, run.sft, tokenizer=base.tokenizer, model=base.source.directory, seq_length=run.train.seq_length,
         seed=run.train.seed, multiple=base.multiple,
     )  # fmt: skip
-    return plan_finetune(run, base, data, world_size=world_size, local_world_size=local_world_size, device=device)
+    plan = plan_finetune(run, base, data, world_size=world_size, local_world_size=local_world_size, device=device)
+    return replace(plan, job=replace(plan.job, neftune_alpha=run.sft.neftune_alpha))
 
 
 def train(

@@ -78,10 +78,11 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float,
     dropout_key: int | None = None,
+    noise: float = 0.0,
 ) -> StepResult:
     """One step on this data-parallel rank's `batch` (tensors [B, ...], the same on its tp and pp ranks)."""
     mesh = model.mesh
-    microbatches = split_batch(batch, schedule.num_microbatches, mesh=mesh, dropout_key=dropout_key)
+    microbatches = split_batch(batch, schedule.num_microbatches, mesh=mesh, dropout_key=dropout_key, noise=noise)
     num_tokens = all_reduce_(count_fn(batch).to(mesh.device).clone(), mesh.dp)
     scale = 1.0 / num_tokens.clamp(min=1).to(torch.float64 if model.dtype == torch.float64 else torch.float32)
     loss_scale = None if optimizer.loss_scale is None else optimizer.loss_scale.value.clone()
@@ -125,7 +126,7 @@ def train_step(
 
 
 def split_batch(
-    batch: Batch, num_microbatches: int, *, mesh: Mesh, dropout_key: int | None = None
+    batch: Batch, num_microbatches: int, *, mesh: Mesh, dropout_key: int | None = None, noise: float = 0.0
 ) -> Sequence[Microbatch]:
     """The rank's batch as equal microbatches on the mesh's device, in order.
 
@@ -148,7 +149,9 @@ def split_batch(
             seq_length=part["input_ids"].size(1),
             position_ids=None if positions is None else positions.reshape(-1),
             documents=None if documents is None else Documents.of(documents[index], mesh.device),
-            dropout=None if dropout_key is None else Dropout(key=dropout_key, sample_ids=part["sample_ids"]),
+            dropout=None
+            if dropout_key is None
+            else Dropout(key=dropout_key, sample_ids=part["sample_ids"], noise=noise),
         )
         microbatches.append(Microbatch(index=index, batch=part, context=context))
     return microbatches
