@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from megallm.config.model import ModelConfig
 from megallm.config.numerics import NumericsConfig, Precision
@@ -24,6 +23,7 @@ from megallm.config.parallel import Offload, ParallelConfig, ScheduleName
 from megallm.model.transformer import Recompute
 from megallm.parallel.mesh import Mesh
 from megallm.testing.tiny import tiny_config
+from megallm.testing.worker import call_number
 from megallm.trainers.engine import Engine
 from megallm.trainers.losses import language_model_loss
 
@@ -34,7 +34,7 @@ SEED = 7
 OPTIM = OptimConfig(learning_rate=1e-2, max_grad_norm=0.5, weight_decay=0.1)
 
 Result = TypeVar("Result")
-_MESHES: dict[tuple[int, int, int, int | None], Mesh] = {}
+_MESHES: dict[tuple[int, int, int, int, int | None], Mesh] = {}
 
 _SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
 MODELS: dict[str, ModelConfig] = {
@@ -116,17 +116,16 @@ def make_engine(case: Case, *, config: ModelConfig | None = None, **overrides: A
 
 
 def _mesh_of(tp: int, pp: int, dp: int, shard: int | None) -> Mesh:
-    """One mesh for all cases of a layout: every gloo group has threads and sockets that wake up again and again."""
-    key = (tp, pp, dp, shard)
-    if key not in _MESHES or not _is_alive(_MESHES[key]):
+    """One mesh for all cases of a layout: every gloo group has threads and sockets that wake up again and again.
+
+    A pool destroys the groups of a call when it ends.
+    """
+    key = (call_number(), tp, pp, dp, shard)
+    if key not in _MESHES:
+        for old in [each for each in _MESHES if each[0] != key[0]]:
+            del _MESHES[old]
         _MESHES[key] = Mesh.build(tp=tp, pp=pp, dp=dp, shard_size=shard)
     return _MESHES[key]
-
-
-def _is_alive(mesh: Mesh) -> bool:
-    """Whether the mesh's groups are there: a pool destroys those of a call when it ends."""
-    groups = [axis.group for axis in (mesh.tp, mesh.dp, mesh.pp, mesh.shard, mesh.replicate, mesh.embedding)]
-    return all(group is None or group in dist.distributed_c10d._world.pg_map for group in groups)
 
 
 def global_batch(step: int) -> dict[str, torch.Tensor]:

@@ -27,6 +27,12 @@ import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT_S = 600
 """A collective that waits longer raises; tests take seconds."""
+_this_call = [0]
+
+
+def call_number() -> int:
+    """Which of the pool's calls this process is in, the same on all its ranks; 0 outside a pool."""
+    return _this_call[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +102,7 @@ def _start(rank: int, world_size: int, folder: str) -> Reply:
 
 def _run(rank: int, world_size: int, call: Call) -> Reply:
     """Runs one call from a fresh state: seed 0, fp32, and afterwards none of the groups that it created."""
+    _this_call[0] += 1
     try:
         sys.path[:] = call.path
         function: Any = importlib.import_module(call.module)
