@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": "tokenise text files once, to train on them many times",
     "export": "write a checkpoint as a Hugging Face directory",
     "eval": "mean negative log-likelihood of documents under a model",
+    "score": "what a reward model thinks of responses",
     "generate": "continue prompts with a model",
     "schedule": "show a pipeline schedule as text or picture, with its bubble",
     "memory": "what ZeRO and offload leave on a device, and how large a model may get",

@@ -53,7 +53,8 @@ class RewardOptions:
     centering: float = 0.0
     """Coefficient of (s_better + s_worse)^2, which keeps scores near 0 (0.01 where it is used)."""
     calibrate: bool = True
-    """After training, scores are shifted so that the best responses of the training data score 0 on average."""
+    """After training, the mean score of good responses is measured and kept beside the checkpoint; `megallm score`
+    subtracts it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,7 +124,7 @@ def comparison_groups(
 
     for row, made in _encode(rows, sources, tokenizer, dropped):
         try:
-            fitted = [fit(_ended(each), max_length, overflow=overflow, where=row.where) for each in made]
+            fitted = [fit(ended(each), max_length, overflow=overflow, where=row.where) for each in made]
             if len({example.input_ids.tobytes() for example in fitted}) < len(fitted):
                 raise Unusable("two answers equal within max_length")
         except Unusable as reason:
@@ -215,7 +215,7 @@ def _answers(row: Preference | Ranking) -> tuple[Messages, ...]:
     return row.responses if isinstance(row, Ranking) else (row.chosen, row.rejected)
 
 
-def _ended(example: Example) -> Example:
+def ended(example: Example) -> Example:
     """Without what a template writes behind the last answer: a score is read at the token that ends it, as it will be
     of a generated one."""
     end = int(np.flatnonzero(example.is_trained)[-1]) + 1 if example.is_trained.any() else len(example)

@@ -164,6 +164,10 @@ class PairDataset:
         """R."""
         self._groups, self._seed, self._shuffle, self._multiple = groups, seed, shuffle, pad_to_multiple
 
+    def best_responses(self, number: int) -> list[list[int]]:
+        """Ids of prompt and best response of the first `number` groups."""
+        return [group.examples[0].input_ids.tolist() for group in self._groups[:number]]
+
     def unshuffled(self) -> PairDataset:
         """The same groups in the order of the list, whose rows lie as they do here."""
         return PairDataset(

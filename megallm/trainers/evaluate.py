@@ -64,7 +64,8 @@ def score_documents(
             )
     order = sorted((i for i, ids in enumerate(documents) if len(ids) > 1), key=lambda i: len(documents[i]))
     own = order[mesh.dp.rank :: mesh.dp.size]
-    rows = list(_batches(documents, own, tokens_at_once=tokens_at_once, multiple=mesh.tp.size))
+    groups = batches_of_similar_length(documents, own, tokens_at_once)
+    rows = [(members, _padded([documents[i] for i in members], mesh.tp.size)) for members in groups]
     sums = torch.zeros(len(documents), dtype=torch.float64, device=mesh.device)
     results = engine.forward([batch for _, batch in rows], _row_losses)
     for (members, _), losses in zip(rows, results, strict=False):
@@ -78,18 +79,18 @@ def _row_losses(logits: VocabLogits, batch: Batch) -> torch.Tensor:
     return logits.cross_entropy(batch["labels"]).sum(dim=1)
 
 
-def _batches(
-    documents: Sequence[Sequence[int]], order: Sequence[int], *, tokens_at_once: int, multiple: int
-) -> Iterator[tuple[list[int], Batch]]:
-    """(document numbers, right-padded batch) of documents of similar length, S a multiple of `multiple`."""
+def batches_of_similar_length(
+    sequences: Sequence[Sequence[int]], order: Sequence[int], tokens_at_once: int
+) -> Iterator[list[int]]:
+    """Places of sequences, `order` cut into parts: those of one, padded to its last, have at most `tokens_at_once`."""
     members: list[int] = []
     for index in order:
-        if members and (len(members) + 1) * len(documents[index]) > tokens_at_once:
-            yield members, _padded([documents[i] for i in members], multiple)
+        if members and (len(members) + 1) * len(sequences[index]) > tokens_at_once:
+            yield members
             members = []
         members.append(index)
     if members:
-        yield members, _padded([documents[i] for i in members], multiple)
+        yield members
 
 
 def _padded(rows: Sequence[Sequence[int]], multiple: int) -> Batch:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from megallm.checkpoint import sharded
 from megallm.config.check_finetune import check_reward
 from megallm.config.finetune import RewardConfig
 from megallm.data.finetune import PairDataset
 from megallm.data.finetune_data import comparison_data
 from megallm.runtime.environment import LaunchInfo
+from megallm.runtime.logging import Log
 from megallm.trainers.engine import Engine
 from megallm.trainers.finetune import FinetunePlan, batches, open_base, plan_finetune, validate_with
 from megallm.trainers.job import run_job
 from megallm.trainers.preference_losses import RewardLoss, count_prompts
+from megallm.trainers.scores import calibrate, write_calibration
+
+_CALIBRATED_ON = 256
+"""Prompts whose best response is scored."""
 
 
 def plan(
@@ -33,7 +39,20 @@ def train(plan: FinetunePlan[PairDataset], info: LaunchInfo, device: torch.devic
     run = plan.job.run
     assert isinstance(run, RewardConfig)
     loss_fn = RewardLoss(centering=run.reward.centering)
-    return run_job(
+    engine = run_job(
         plan.job, info, device, loader=lambda engine: batches(plan, engine), loss_fn=loss_fn,
         validate=validate_with(plan, loss_fn), count_fn=count_prompts,
     )  # fmt: skip
+    if run.reward.calibrate and run.checkpoint.save is not None:
+        _calibrate(plan, engine, run.checkpoint.save, Log(info.rank))
+    return engine
+
+
+def _calibrate(plan: FinetunePlan[PairDataset], engine: Engine, directory: str, log: Log) -> None:
+    """Measures the scores of the best responses to some of the training prompts, for whoever scores with the model."""
+    best = plan.data.train.best_responses(_CALIBRATED_ON)
+    found = calibrate(engine, best)
+    checkpoint = sharded.latest(directory)
+    if engine.mesh.world.rank == 0 and checkpoint is not None:
+        write_calibration(checkpoint, found)
+    log.info(f"calibration {found.responses} good responses score {found.mean:.4f} on average, std {found.std:.4f}")
