@@ -29,6 +29,7 @@ from megallm.config.numerics import NumericsConfig
 from megallm.config.optim import OptimConfig
 from megallm.config.parallel import ParallelConfig
 from megallm.config.presets import get_preset, preset_names
+from megallm.config.resolve import resolve_run
 from megallm.config.run import RunConfig
 from megallm.config.train import TrainConfig
 
@@ -233,6 +234,14 @@ def test_sizes_are_positive(name: str) -> None:
 )
 def test_schedules_fit_into_the_run(changes: dict[str, Any], message: str) -> None:
     assert message in refused(check_optim, OptimConfig(**changes), total_steps=10)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_what_was_resolved_passes_the_same_checks(schedule: Any, optimizer: Any) -> None:
+    run = RunConfig(optim=OptimConfig(lr_schedule=schedule, optimizer=optimizer), train=TrainConfig(steps=10))
+    check_run(run, model(), 1)
+    check_run(resolve_run(run), model(), 1)
 
 
 def test_schedules_that_just_fit() -> None:

@@ -30,11 +30,14 @@ def resolve_parallel(parallel: ParallelConfig) -> ParallelConfig:
 
 
 def resolve_optim(optim: OptimConfig, *, total_steps: int) -> OptimConfig:
-    """`optim` with `min_learning_rate`, `decay_steps` and `momentum` decided for `total_steps` optimizer steps."""
+    """`optim` with `min_learning_rate`, `decay_steps` and `momentum` decided for `total_steps` optimizer steps.
+
+    The constant schedule has no decay_steps, and AdamW no momentum.
+    """
     min_learning_rate, decay_steps = optim.min_learning_rate, optim.decay_steps
     if min_learning_rate is None:
         min_learning_rate = optim.learning_rate / 10.0
-    if decay_steps is None:
+    if decay_steps is None and optim.lr_schedule != "constant":
         after_warmup = max(1, total_steps - optim.warmup_steps)
         decay_steps = min(max(1, total_steps // 10), after_warmup) if optim.lr_schedule == "wsd" else after_warmup
     return dataclasses.replace(

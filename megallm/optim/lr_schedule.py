@@ -30,11 +30,11 @@ def learning_rate_at(step: int, *, config: OptimConfig, total_steps: int) -> flo
         raise ValueError(f"step ({step}) must be 0 or more: it is the index of the step about to be taken")
     resolved = resolve_optim(config, total_steps=total_steps)
     peak, minimum, decay_steps = resolved.learning_rate, resolved.min_learning_rate, resolved.decay_steps
-    assert minimum is not None and decay_steps is not None  # resolve_optim decides them
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":
         return peak
+    assert minimum is not None and decay_steps is not None  # resolve_optim decides them
     start = max(config.warmup_steps, total_steps - decay_steps) if config.lr_schedule == "wsd" else config.warmup_steps
     progress = min(max((step - start) / decay_steps, 0.0), 1.0)
     if config.lr_schedule == "cosine":
