@@ -102,7 +102,7 @@ class Stage(nn.Module):
             x = self._embed(x, context)
         rotary = None
         if self._rotary is not None:
-            given = context.num_positions or self.config.max_position_embeddings
+            given = context.num_positions or max(self.config.max_position_embeddings, context.seq_length)
             rotary = self._rotary.lookup(context, context.seq_length if context.position_ids is None else given)
         for layer, block in self.layers.items():
             presence.enter(f"{self.index}.{layer}")
