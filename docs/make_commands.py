@@ -10,15 +10,18 @@ import argparse
 import importlib
 import importlib.util
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from megallm.cli.main import _MODULES, COMMANDS
 from megallm.config.fields import ConfigField
 from megallm.config.flags import config_fields, value_at
+from megallm.config.run import JobConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "commands.md"
+FINETUNING = ("sft", "reward", "dpo")
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
 
@@ -40,7 +43,9 @@ def command_parser(name: str) -> argparse.ArgumentParser:
 
 def generated() -> str:
     """Everything between the markers."""
-    parts = ["## examples/pretrain_gpt.py", *_run_tables()]
+    parts = ["## examples/pretrain_gpt.py", *_run_tables("pretrain_gpt")]
+    for name in FINETUNING:
+        parts += [f"## examples/{name}.py", "The flags of pretraining but those of its data, and:", *_own_tables(name)]
     for name, what in COMMANDS.items():
         parts += [f"## megallm {name}", f"{what[0].upper()}{what[1:]}.", _parser_table(command_parser(name))]
     return "\n\n".join(parts)
@@ -52,11 +57,19 @@ def page_with(text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
 
 
-def _run_tables() -> list[str]:
-    pretrain = example("pretrain_gpt")
+def _own_tables(name: str) -> list[str]:
+    """Of the sections that pretraining does not have."""
+    common = {field.section for field in config_fields(JobConfig)}
+    return _run_tables(name, leave_out=common)
+
+
+def _run_tables(name: str, *, leave_out: Collection[str] = ()) -> list[str]:
+    module = example(name)
     sections: dict[str, list[str]] = {}
-    for field in config_fields(type(pretrain.DEFAULTS)):
-        default = _shown(field, value_at(pretrain.DEFAULTS, field.path))
+    for field in config_fields(type(module.DEFAULTS)):
+        if field.section in leave_out:
+            continue
+        default = _shown(field, value_at(module.DEFAULTS, field.path))
         flag = "--" + field.name.replace("_", "-")
         if field.type.base is bool and not field.type.is_tuple:
             flag = f"{flag}, --no-{flag[2:]}"
@@ -64,7 +77,7 @@ def _run_tables() -> list[str]:
         sections.setdefault(field.section or "run", []).append(_row(f"`{flag}`{values}", default, field.doc))
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--config", metavar="FILE", help="YAML file with values for these flags; flags win")
-    pretrain.add_arguments(own)
+    module.add_arguments(own)
     return [f"### {name}\n\n{_table(rows)}" for name, rows in sections.items()] + [
         f"### of this example\n\n{_parser_table(own)}"
     ]

@@ -55,12 +55,30 @@ NOT_RUN = {
 PARSED_PAGES = {"shakespeare.md": "trains for minutes", "library.md": "run below, to compare what it prints"}
 """Pages of which `test_commands_run` runs nothing: why."""
 
+
+
+def load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MAKE_COMMANDS = load(ROOT / "docs" / "make_commands.py")
 FIRST = "python examples/pretrain_gpt.py --data books.txt --save runs/first"
-BEFORE = {"checkpoints.md": [FIRST, "megallm export runs/first hf/books"]}
+BEFORE = {"checkpoints.md": [FIRST, "megallm export runs/first hf/books"], "finetuning.md": [FIRST]}
 """What a page takes for granted."""
 SMALL = (
     "--warmup-steps 0 --seq-length 16 --global-batch-size 4 --micro-batch-size 2 --eval-every 0 --eval-sequences 4 "
     "--cache-dir cache"
+).split()
+
+
+FINETUNING = {f"examples/{name}.py" for name in MAKE_COMMANDS.FINETUNING}
+SHORT = (
+    "--warmup-steps 0 --seq-length 96 --global-batch-size 4 --micro-batch-size 2 --eval-every 0 --eval-sequences 4 "
+    "--template chatml"
 ).split()
 
 
@@ -78,6 +96,10 @@ def why_not_run(command: str) -> str | None:
 def shortened(words: list[str]) -> list[str]:
     """The command as the test runs it: a hundredth of the steps, few and short sequences, no sample of text."""
     words = [word.replace("step-00000400", "step-00000004") for word in words]
+    if words[0] == "torchrun" and FINETUNING & set(words):
+        return [*words, *SHORT]
+    if FINETUNING & set(words):
+        return [*words, *SHORT, *([] if "--show-masks" in words or "--epochs" in words else ["--steps", "2"])]
     if "examples/pretrain_gpt.py" not in words:
         return words
     steps = int(words[words.index("--steps") + 1]) // 100 if "--steps" in words else 1
@@ -85,17 +107,6 @@ def shortened(words: list[str]) -> list[str]:
     if "--data" not in words and "--config" not in words:
         words += ["--data", "books.txt"]
     return words + (["--save-every", "1"] if "--save-every" in words else [])
-
-
-def load(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKE_COMMANDS = load(ROOT / "docs" / "make_commands.py")
 
 
 def execute(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +140,11 @@ def write_inputs(folder: Path, page: Path) -> None:
     sentences = [f"It was day {i} of the voyage and the sea was calm as on day {i // 2}." for i in range(300)]
     (folder / "books.txt").write_text("\n".join(sentences))
     (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences[:60]))
+    turns = [("user", "What is it?"), ("assistant", "A voyage.")]
+    chats = [{"messages": [{"role": role, "content": f"{text} {i}"} for role, text in turns]} for i in range(24)]
+    pairs = [{"prompt": f"Day {i}?", "chosen": "The sea is calm.", "rejected": f"No {i}."} for i in range(24)]
+    for name, rows in (("chats", chats), ("preferences", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = re.search(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     (folder / "books.yaml").write_text(settings[1] if settings else "")
 
@@ -186,6 +202,10 @@ def check_script(script: str, words: list[str], num_ranks: int) -> None:
     if script == "examples/generate.py":
         args = MAKE_COMMANDS.command_parser("generate").parse_args(words)
         assert num_ranks % (args.tp * args.pp) == 0
+    if script in FINETUNING:
+        example = load(ROOT / script)
+        run, _ = parse_run_config(words, defaults=example.DEFAULTS, extra=example.add_arguments)
+        assert num_ranks % (run.parallel.tp * run.parallel.pp) == 0
     if script != "examples/pretrain_gpt.py" or "--config" in words:
         return
     example = load(ROOT / script)
