@@ -174,7 +174,7 @@ def test_console_columns_stay_aligned_whatever_the_numbers() -> None:
     }
     bars = [[at for at, char in enumerate(step_line(m, total_steps=1000)) if char == "|"] for m in (usual, odd)]
     assert bars[0] == bars[1]
-    assert validation_line(7, 5.0, total_steps=1000).index("|") == bars[0][0]
+    assert validation_line(7, {"loss": 5.0}, total_steps=1000).index("|") == bars[0][0]
 
 
 def test_console_shows_what_a_trainer_adds() -> None:
@@ -187,7 +187,7 @@ def test_console_prints_header_once_first_last_due_steps_and_every_validation() 
     console = Console(total_steps=23, log_every=10, header="tiny, 1 rank", stream=stream)
     for step in range(1, 24):
         console.step(line(step))
-    console.validation(23, math.nan)
+    console.validation(23, {"loss": math.nan})
     lines = stream.getvalue().splitlines()
     assert lines[0] == "tiny, 1 rank"
     assert [text.split("/")[0].split()[-1] for text in lines[1:]] == ["1", "10", "20", "23", "23"]
