@@ -31,8 +31,8 @@ from quiet import Others
 
 HERE = Path(__file__).parent
 PEERS = (
-    "torch==2.13.0", "transformers==5.23.0", "megatron-core==0.16.1", "deepspeed==0.19.8", "ninja==1.13.2", "psutil",
-    "numpy",
+    "torch==2.13.0", "transformers==5.23.0", "megatron-core==0.16.1", "deepspeed==0.19.8", "trl==1.16.0",
+    "datasets==5.2.0", "ninja==1.13.2", "psutil", "numpy",
 )  # fmt: skip
 SMALL = {"layers": 4, "hidden": 256, "intermediate": 688, "heads": 8, "kv_heads": 4, "vocab": 4096, "seq": 256,
          "micro_batch": 2, "microbatches": 4}  # fmt: skip
@@ -49,6 +49,8 @@ class Pair:
 
     name: str
     peer: str
+    ours: str = "ours"
+    """Our worker's file, as `peer` is the other's."""
     shape: dict[str, int]
     ranks: int = 1
     threads: int = 1
@@ -141,7 +143,7 @@ def compare(
     workers: list[Worker] = []
     num_disturbed, others, deadline = 0, Others(), time.monotonic() + limit_s
     try:
-        workers.append(ours := Worker(HERE / "ours.py", sys.executable, pair, pair.layout, weights=weights))
+        workers.append(ours := Worker(HERE / f"{pair.ours}.py", sys.executable, pair, pair.layout, weights=weights))
         first = ours.wait_ready()
         script = HERE / "peers" / f"{pair.peer}.py"
         workers.append(peer := Worker(script, peers_python, pair, peer_layout, weights=weights))
@@ -202,7 +204,7 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "peers": " ".join(PEERS[1:4]),
+        "peers": " ".join(PEERS[1:5]),
         "commit": commit + ("+changes" if dirty else ""),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_place, sys.argv[1:])]),
     }
