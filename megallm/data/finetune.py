@@ -101,10 +101,11 @@ class SftDataset:
         packing.py has them."""
         if self.is_packed:
             return self._collate_packed(indices, num_samples)
-        chosen = [self._examples[self.members(index)[0]] for index in indices]
+        order = sorted(indices, key=self._length)  # neighbours of like length: microbatches are cut to their longest
+        chosen = [self._examples[self.members(index)[0]] for index in order]
         longest = 0 if self._multiple is None else max(self._length(index) for index in whole)
         rows = _padded(chosen, num_samples, _row_length(longest, self.seq_length, self._multiple))
-        return rows | {"sample_ids": _ids(indices, num_samples)}
+        return rows | {"sample_ids": _ids(order, num_samples)}
 
     def _length(self, index: int) -> int:
         return int(self._lengths[self.members(index)[0]])
@@ -181,6 +182,9 @@ class PairDataset:
         epoch, place = divmod(index, self.num_samples)
         return _shuffled(place, self.num_samples, self._seed, epoch) if self._shuffle else place
 
+    def _length(self, index: int) -> int:
+        return max(len(each) for each in self._groups[self.member(index)].examples)
+
     def collate(self, indices: range, *, num_samples: int, whole: range) -> Rows:
         """input_ids, labels int64 [B R, S]; lengths int64 [B R], tokens of the row: the answer's end is at length - 1;
         ranks int64 [B R], 0 the best answer of its group, -1 in rows that only fill up; margins float32 [B R], the
@@ -188,19 +192,20 @@ class PairDataset:
         size = self.rows_per_sample
         longest = 0
         if self._multiple is not None:
-            longest = max(len(each) for index in whole for each in self._groups[self.member(index)].examples)
+            longest = max(self._length(index) for index in whole)
         length = _row_length(longest, self.seq_length, self._multiple)
         ranks: Ids = np.full((num_samples, size), -1, dtype=np.int64)
         margins = np.zeros((num_samples, size), dtype=np.float32)
         parts = []
-        for row, index in enumerate(indices):
+        order = sorted(indices, key=self._length)  # neighbours of like length: microbatches are cut to their longest
+        for row, index in enumerate(order):
             group = self._groups[self.member(index)]
             parts.append(_padded(group.examples, size, length))
             ranks[row, : len(group.ranks)] = group.ranks
             margins[row] = group.margin or 0.0
         parts += [_padded((), size, length)] * (num_samples - len(parts))
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        sample_ids = np.repeat(_ids(indices, num_samples), size)
+        sample_ids = np.repeat(_ids(order, num_samples), size)
         return rows | {"ranks": ranks.reshape(-1), "margins": margins.reshape(-1), "sample_ids": sample_ids}
 
 
@@ -224,7 +229,7 @@ def _shuffled(place: int, number: int, seed: int, epoch: int) -> int:
     return permute(place, number, hash_ints(seed, epoch, _EXAMPLES))
 
 
-def _ids(indices: range, num_samples: int) -> Ids:
+def _ids(indices: Sequence[int], num_samples: int) -> Ids:
     """[num_samples]: the indices, then -1."""
     ids: Ids = np.full(num_samples, -1, dtype=np.int64)
     ids[: len(indices)] = indices

@@ -30,6 +30,9 @@ from megallm.pipeline.runtime import Microbatch, run_schedule
 from megallm.pipeline.schedule import Schedule
 from megallm.trainers.losses import Batch, LossFunction
 
+_WIDTH = 8
+"""Microbatches are cut to multiples of this (times tp)."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -131,8 +134,15 @@ def split_batch(
     """The rank's batch as equal microbatches on the mesh's device, in order.
 
     `document_ids` [B, S], on the CPU, of packed sequences: runs of equal numbers attend to themselves alone.
+    `lengths` [B]: rows end there, so that a microbatch is cut behind its longest; not with dropout, whose masks must
+    not depend on the rows beside.
     """
-    size = batch["input_ids"].size(0)
+    size, width = batch["input_ids"].shape
+    widths = [width] * num_microbatches
+    if "lengths" in batch and dropout_key is None:
+        multiple = _WIDTH * mesh.tp.size
+        longest = [int(part.max()) for part in batch["lengths"].chunk(num_microbatches)]
+        widths = [min(width, max(1, -(-each // multiple)) * multiple) for each in longest]
     documents = batch["document_ids"].chunk(num_microbatches) if "document_ids" in batch else None
     if size % num_microbatches:
         raise ValueError(f"a batch of {size} sequences does not split into {num_microbatches} equal microbatches")
@@ -142,7 +152,7 @@ def split_batch(
     parts = {name: tensor.chunk(num_microbatches) for name, tensor in batch.items()}
     microbatches = []
     for index in range(num_microbatches):
-        part = {name: chunks[index] for name, chunks in parts.items()}
+        part = {name: _cut(chunks[index], width, widths[index]) for name, chunks in parts.items()}
         positions = part.get("position_ids")
         context = TokenContext(
             batch_size=part["input_ids"].size(0),
@@ -155,6 +165,11 @@ def split_batch(
         )
         microbatches.append(Microbatch(index=index, batch=part, context=context))
     return microbatches
+
+
+def _cut(tensor: torch.Tensor, width: int, to: int) -> torch.Tensor:
+    """[B, width] to [B, to]; others as they are."""
+    return tensor[:, :to] if to < width and tensor.dim() == 2 and tensor.size(1) == width else tensor
 
 
 def dropout_key(seed: int, step: int) -> int:
