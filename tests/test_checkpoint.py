@@ -67,7 +67,7 @@ Curve = list[tuple[float, float]]
 def state_parts(engine: Engine) -> list[Part]:
     """Weights and optimizer state of this rank, optimizer tensors named kind.NAME."""
     assert engine.optimizer is not None
-    slices = sharded._weights(engine.model, engine.flat)
+    slices = sharded.weight_slices(engine.model, engine.flat)
     for kind, parts in engine.optimizer.state().items():
         slices += sharded._part_slices(engine.model, parts, prefix=f"{kind}.", is_owner=False)
     return [Part(s.name, s.shape, s.start, s.data.clone()) for s in slices]

@@ -88,6 +88,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
         ("dpo", "pairs", []),
         ("dpo", "pairs", ["--reference", "live", "--dpo-loss", "ipo", "--zero", "3"]),
         ("dpo", "pairs", ["--reference", "none", "--label-smoothing", "0.1"]),
+        ("sft", "chats", ["--lora-rank", "4", "--lora-dropout", "0.1", "--zero", "3"]),
+        ("reward", "pairs", ["--lora-rank", "2", "--lora-targets", "q_proj", "v_proj"]),
+        ("dpo", "pairs", ["--lora-rank", "4", "--reference", "live"]),
+        ("dpo", "pairs", ["--lora-rank", "4", "--lora-rslora"]),
     ],
 )
 def test_a_run_leaves_its_files_and_goes_on_where_it_stopped(
@@ -180,6 +184,8 @@ def test_four_ranks_train_and_leave_what_one_rank_resumes(
         ("dpo", ["--data", "{pairs}", "--dpo-loss", "ipo", "--label-smoothing", "0.1"], "with dpo_loss ipo"),
         ("dpo", ["--data", "{pairs}", "--ipo-sums"], "ipo_sums with dpo_loss sigmoid"),
         ("reward", ["--data", "{chats}"], "preferences are needed"),
+        ("sft", ["--data", "{chats}", "--lora-rank", "-1"], "lora_rank (-1) must be at least 1, or 0 for no adapters"),
+        ("sft", ["--data", "{chats}", "--lora-rank", "2", "--lora-targets", "lm_head"], "this model has no lm_head"),
         ("reward", ["--data", "{pairs}", "--centering", "-1"], "centering (-1.0) must be 0 or more"),
     ],
 )

@@ -151,14 +151,15 @@ def load_into(
     """Fills this rank's parameters from a Hugging Face directory, reading only its slices.
 
     groups: local names of parameters that are filled one group after another (`FlatParameters.refill`).
-    Values are cast to the parameters' dtype. Returns the global names that keep their initial weights: none, or the
-    head with `new_head`. Errors as HFWeights; every rank finds the same ones, before any parameter is touched.
+    Values are cast to the parameters' dtype; adapters stay as they are. Returns the global names that keep their
+    initial weights: none, or the head with `new_head`. Errors as HFWeights; every rank finds the same ones, before any
+    parameter is touched.
     """
     weights = HFWeights(directory, model.config, new_head=new_head)
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for name in chain.from_iterable([parameters] if groups is None else groups):
-            for piece in model.specs[name].pieces:
+            for piece in () if model.specs[name].is_adapter else model.specs[name].pieces:
                 if piece.length and piece.name not in weights.missing:
                     part = weights.read(piece.name, start=piece.start, length=piece.length, dim=piece.dim)
                     piece.local(parameters[name]).copy_(part)

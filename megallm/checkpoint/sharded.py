@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megallm.checkpoint.adapters import check_adapters, names_of, open_weights, read_lora_config
 from megallm.checkpoint.slices import SliceFiles, TensorSlice, write_slices
 from megallm.config.model import ModelConfig
 from megallm.config.serialize import from_plain, to_plain
@@ -71,9 +72,10 @@ def save(
     if is_writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_json(partial / "config.json", {"model": to_plain(model.config), "run": run_config or {}})
+        lora = {} if model.lora is None else {"lora": to_plain(model.lora)}
+        _write_json(partial / "config.json", {"model": to_plain(model.config)} | lora | {"run": run_config or {}})
     barrier(mesh.world, mesh.device)
-    _save_part(partial / "model", _weights(model, flat), model)
+    _save_part(partial / "model", weight_slices(model, flat), model)
     if optimizer is not None:
         moments = [
             each
@@ -103,6 +105,7 @@ def load(
     """Fills the model (and the optimizer) from a checkpoint of any layout; returns where that run stood. A collective.
 
     new_head: the model's head keeps its weights, the checkpoint's is another.
+    What loading means where one of the two has adapters: adapters.py.
     ValueError if the model's shape or the optimizer is another, or if tensors are missing.
     """
     directory = Path(directory)
@@ -113,9 +116,13 @@ def load(
         changed = [k for k, v in to_plain(model.config).items() if to_plain(saved).get(k) != v]
         raise ValueError(f"checkpoint {directory} is of another model: {', '.join(changed)} differ")
     values = json.loads((directory / "state.json").read_text())
-    weights = SliceFiles(directory / "model")
-    for each in _weights(model, flat):
-        if not (new_head and each.name in HEADS):
+    check_adapters(directory, model, weights_only=optimizer is None)
+    weights = open_weights(directory, keep_adapters=model.lora is not None)
+    kept = set(HEADS) if new_head else set()
+    if read_lora_config(directory) is None:
+        kept |= names_of(model, "adapters")
+    for each in weight_slices(model, flat):
+        if each.name not in kept:
             weights.fill(each)
     if optimizer is not None:
         stored, state = SliceFiles(directory / "optimizer"), optimizer.state()
@@ -131,8 +138,10 @@ def load(
             for each in _part_slices(model, state.pop("master", ()), prefix="", is_owner=False):
                 weights.fill(each)
         elif "master" not in state:  # saved by a bf16 run: its fp32 weights are there
-            for each in _weights(model, flat, prefix="master."):
-                stored.fill(each)
+            frozen = {f"master.{name}" for name in names_of(model, "frozen")}
+            for each in weight_slices(model, flat, prefix="master."):
+                if each.name not in frozen:
+                    stored.fill(each)
         for kind, parts in state.items():
             for each in _part_slices(model, parts, prefix=f"{kind}.", is_owner=False):
                 stored.fill(each)
@@ -162,11 +171,14 @@ def read_model_config(directory: str | Path) -> ModelConfig:
 
 
 def read_full_tensors(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(global name, whole tensor) of every weight of a checkpoint, one at a time, without ranks."""
-    yield from SliceFiles(Path(directory) / "model").whole()
+    """(global name, whole tensor) of every weight of a checkpoint, one at a time, without ranks.
+
+    Adapters are added to the weights they stand beside.
+    """
+    yield from open_weights(Path(directory), keep_adapters=False).whole()
 
 
-def _weights(model: Transformer, flat: FlatParameters | None, *, prefix: str = "") -> list[TensorSlice]:
+def weight_slices(model: Transformer, flat: FlatParameters | None, *, prefix: str = "") -> list[TensorSlice]:
     """What this rank holds of the weights: its shards at ZeRO stage 3, else whole local parameters."""
     if flat is not None:
         flat.settle()

@@ -86,6 +86,9 @@ class SliceFiles:
         found = self.shapes[wanted.name]
         if found != wanted.shape:
             raise ValueError(f"{wanted.name} has shape {found} in {self._directory}, {wanted.shape} in the model")
+        self._copy(wanted)
+
+    def _copy(self, wanted: TensorSlice) -> None:
         covered = 0
         for stored in self._stored[wanted.name]:
             common = [

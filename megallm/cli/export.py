@@ -2,9 +2,11 @@
 
     megallm export runs/books out
     megallm export runs/books/step-00002000 out --dtype bfloat16
+    megallm export runs/books out --adapters
 
 writes out/config.json, generation_config.json, the weights as safetensors and, where the checkpoint has a tokenizer,
-tokenizer.json with its tokenizer_config.json. `out` appears when it is complete.
+tokenizer.json with its tokenizer_config.json. Adapters are added to the weights; with --adapters they alone are
+written, as peft does. `out` appears when it is complete.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import tokenizers
 import torch
 
 from megallm.checkpoint import sharded
+from megallm.checkpoint.adapters import open_weights, read_lora_config
 from megallm.checkpoint.huggingface import HFWriter
+from megallm.checkpoint.peft import adapter_shapes, write_peft
 from megallm.config.model import ModelConfig
 from megallm.data.tokenizer import Tokenizer
 
@@ -33,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a step-... directory, or the one that holds several")
     parser.add_argument("out", metavar="OUT", help="directory to write; must not exist or be empty")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: that of the checkpoint)")
+    parser.add_argument("--adapters", action="store_true", help="only the adapters of a LoRA run, for peft to load")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if checkpoint is None:
         raise FileNotFoundError(f"{args.checkpoint} holds no complete checkpoint: give SAVE or SAVE/step-...")
     model = sharded.read_model_config(checkpoint)
+    if args.adapters:
+        return _write_adapters(checkpoint, model, args)
     num_parameters = 0
     with HFWriter(args.out, model, dtype=_DTYPES.get(args.dtype)) as writer:
         files = _tokenizer_files(checkpoint, model)
@@ -55,6 +62,20 @@ def run(args: argparse.Namespace) -> int:
             num_parameters += tensor.numel()
     tokenizer = "with its tokenizer" if files else "without a tokenizer, since the checkpoint has none"
     print(f"{args.out}: {model.family} model of {num_parameters:,} parameters from {checkpoint}, {tokenizer}")
+    return 0
+
+
+def _write_adapters(checkpoint: Path, model: ModelConfig, args: argparse.Namespace) -> int:
+    lora = read_lora_config(checkpoint)
+    if lora is None:
+        raise ValueError(f"{checkpoint} has no adapters: leave out --adapters")
+    dtype = _DTYPES.get(args.dtype)
+    wanted = adapter_shapes(model, lora)
+    stored = open_weights(checkpoint, keep_adapters=True).whole()
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in stored if name in wanted}
+    write_peft(args.out, tensors, lora, model)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{args.out}: adapters of {count:,} parameters for a {model.family} model from {checkpoint}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megallm.config.lora import LoraConfig
 from megallm.config.run import JobConfig
 
 
@@ -69,7 +70,7 @@ class DpoOptions:
     """sigmoid: the share of preferences that are taken to be wrong (cDPO), below 0.5."""
     reference: Literal["precomputed", "live", "none"] = "precomputed"
     """The model before training: its log-probabilities are computed once before the first step, or with every batch
-    (its weights then stay in memory), or taken as 0."""
+    (its weights then stay in memory, unless adapters are trained), or taken as 0."""
     ipo_sums: bool = False
     """ipo: of the sums of log-probabilities of a response, not of their means over its tokens."""
 
@@ -82,6 +83,8 @@ class SftConfig(JobConfig):
     """What is trained on."""
     sft: SftOptions = field(default_factory=SftOptions)
     """Targets."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,8 @@ class RewardConfig(JobConfig):
     """What is trained on."""
     reward: RewardOptions = field(default_factory=RewardOptions)
     """The loss."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +107,5 @@ class DpoConfig(JobConfig):
     """What is trained on."""
     dpo: DpoOptions = field(default_factory=DpoOptions)
     """The loss."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters."""

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megallm.config.model import ModelConfig
 from megallm.model.context import TokenContext
+from megallm.model.lora import make_adapter, project
 from megallm.model.parameters import ParameterFactory
 from megallm.ops.attention import attention, rotary_attention
 from megallm.ops.norm import rms_norm
@@ -50,6 +51,7 @@ class SelfAttention(nn.Module):
             sequence_parallel=sequence_parallel,
             products=factory.products(weight, layer=layer),
         )
+        self.qkv_adapter, self.o_adapter = make_adapter(factory, self.qkv_proj), make_adapter(factory, self.o_proj)
         self.q_norm = self.k_norm = None
         if config.qk_norm:  # each rank sees its own heads only, so the gradient is partial even without SP
             self.q_norm = factory.replicated(f"{prefix}.q_norm.weight", (config.head_dim,), init="ones", partial=True)
@@ -59,12 +61,12 @@ class SelfAttention(nn.Module):
         self, x: torch.Tensor, context: TokenContext, rotary: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
         """x [T', H]; rotary = cos and sin [T, D/2], None with learned positions."""
-        qkv = self.qkv_proj(x)  # [T, (N + 2K) D / t]
+        qkv = project(self.qkv_proj, self.qkv_adapter, x, context)  # [T, (N + 2K) D / t]
         if self._recompute and torch.is_grad_enabled():
             mixed = checkpoint(self._mix, qkv, context, rotary, use_reentrant=False, preserve_rng_state=False)
         else:
             mixed = self._mix(qkv, context, rotary)
-        return self.o_proj(mixed)
+        return project(self.o_proj, self.o_adapter, mixed, context)
 
     def _mix(
         self, qkv: torch.Tensor, context: TokenContext, rotary: tuple[torch.Tensor, torch.Tensor] | None

@@ -74,7 +74,7 @@ class Block(nn.Module):
         y, residual = self.input_layernorm.after(x, residual)
         x = self._drop(self.self_attn(y, context, rotary), context, "attention_out")
         y, residual = self.post_attention_layernorm.after(x, residual)
-        return self._drop(self.mlp(y), context, "mlp_out"), residual
+        return self._drop(self.mlp(y, context), context, "mlp_out"), residual
 
     def whole(
         self, x: torch.Tensor, context: TokenContext, rotary: tuple[torch.Tensor, torch.Tensor] | None

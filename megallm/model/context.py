@@ -41,18 +41,38 @@ class Dropout:
         return x + (noise * (self.noise / math.sqrt(seq_length * x.size(-1)))).to(x.dtype)
 
     def hidden(
-        self, x: torch.Tensor, drop: float, *, layer: int, place: str, first_token: int, seq_length: int
+        self,
+        x: torch.Tensor,
+        drop: float,
+        *,
+        layer: int | str,
+        place: str,
+        first_token: int,
+        seq_length: int,
+        first_feature: int = 0,
+        num_features: int | None = None,
     ) -> torch.Tensor:
-        """x [n, H] = tokens first_token .. first_token+n-1 of the microbatch, with dropped elements zeroed."""
-        index = self._index(x, first_token, seq_length)
+        """x [n, h] = tokens first_token .. first_token+n-1 of the microbatch, with dropped elements zeroed.
+
+        Its features are first_feature .. first_feature+h-1 of num_features (None = of h).
+        """
+        index = self._index(x, first_token, seq_length, first_feature, num_features)
         keep = random.keep_mask(index, key=random.key(self.key, layer, place), drop=drop)
         return x * (keep.to(x.dtype) / (1.0 - drop))
 
-    def _index(self, x: torch.Tensor, first_token: int, seq_length: int) -> torch.Tensor:
-        """Global number of every element of x [n, H]."""
+    def _index(
+        self,
+        x: torch.Tensor,
+        first_token: int,
+        seq_length: int,
+        first_feature: int = 0,
+        num_features: int | None = None,
+    ) -> torch.Tensor:
+        """Global number of every element of x [n, h]."""
         token = torch.arange(first_token, first_token + x.size(0), device=x.device)
         token = self.sample_ids[token // seq_length] * seq_length + token % seq_length
-        return token.unsqueeze(-1) * x.size(-1) + torch.arange(x.size(-1), device=x.device)
+        feature = torch.arange(first_feature, first_feature + x.size(-1), device=x.device)
+        return token.unsqueeze(-1) * (x.size(-1) if num_features is None else num_features) + feature
 
     def attention(
         self, drop: float, *, layer: int, first_head: int, num_heads: int, all_heads: int, seq_length: int

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megallm.model.context import TokenContext
+from megallm.model.lora import make_adapter, project
 from megallm.model.parameters import ParameterFactory
 from megallm.ops.activation import activation, gated
 from megallm.parallel.linear import ColumnLinear, RowLinear
@@ -39,8 +41,11 @@ class MLP(nn.Module):
             products=factory.products(weight, layer=layer),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.gate_up_adapter = make_adapter(factory, self.gate_up_proj)
+        self.down_adapter = make_adapter(factory, self.down_proj)
+
+    def forward(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """[T', H] -> [T', H]."""
-        inner = self.gate_up_proj(x)  # [T, 2F/t] = [gate | up], or [T, F/t]
+        inner = project(self.gate_up_proj, self.gate_up_adapter, x, context)  # [T, 2F/t] = [gate | up], or [T, F/t]
         act = gated if self._gated else activation
-        return self.down_proj(act(inner, self._act, backends=self._backends))
+        return project(self.down_proj, self.down_adapter, act(inner, self._act, backends=self._backends), context)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megallm.config.lora import LoraConfig
 from megallm.config.model import ModelConfig
 from megallm.model.fp8 import has_fp8
 from megallm.ops.backends import DEFAULT, Backends
 from megallm.ops.fp8 import Fp8Recipe
 from megallm.parallel import random
 from megallm.parallel.layout import ParamSpec, Piece, shard_range, whole
+from megallm.parallel.lora import Switch
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.products import PLAIN, Fp8Products, Products
 
@@ -34,15 +36,19 @@ class ParameterFactory:
         tied_copies: bool,
         backends: Backends = DEFAULT,
         fp8: Fp8Recipe | None = None,
+        lora: LoraConfig | None = None,
         allocate: bool = True,
     ) -> None:
-        """fp8: how the layers' linears multiply, None = in `dtype`.
+        """fp8: how the layers' linears multiply, None = in `dtype`. lora: which adapters they have, None = none.
 
         allocate: whether parameters have memory from the start; without, somebody else's takes its place."""
         self.config = config
         self.mesh = mesh
         self.backends = backends
         """What the layers run their fused operations on."""
+        self.lora = lora
+        self.adapters = Switch()
+        """The switch of all adapters."""
         self.sequence_parallel = sequence_parallel and mesh.tp.size > 1
         self.specs: dict[nn.Parameter, ParamSpec] = {}
         self._dtype, self._allocate, self._fp8 = dtype, allocate, fp8
@@ -58,7 +64,7 @@ class ParameterFactory:
                 Piece(name=name, shape=(out_features, in_features), start=start, length=length, offset=rows)
             )
             rows += size
-        return self._make((rows, in_features), ParamSpec(pieces=tuple(pieces), std=self.config.initializer_range))
+        return self.make((rows, in_features), ParamSpec(pieces=tuple(pieces), std=self.config.initializer_range))
 
     def column_bias(self, names: list[tuple[str, int]]) -> nn.Parameter:
         """[sum of out/t]: the biases of `column`."""
@@ -67,23 +73,23 @@ class ParameterFactory:
             size, start, length = shard_range(features, self.mesh.tp)
             pieces.append(Piece(name=name, shape=(features,), start=start, length=length, offset=rows))
             rows += size
-        return self._make((rows,), ParamSpec(pieces=tuple(pieces), init="zeros", weight_decay=False))
+        return self.make((rows,), ParamSpec(pieces=tuple(pieces), init="zeros", weight_decay=False))
 
     def qkv(self, prefix: str) -> nn.Parameter:
         """[(N + 2 K') D / t, H]: this rank's query heads, then its key heads, then its value heads."""
         spec = ParamSpec(pieces=self._qkv_pieces(prefix, "weight"), std=self.config.initializer_range)
-        return self._make((_rows(spec), self.config.hidden_size), spec)
+        return self.make((_rows(spec), self.config.hidden_size), spec)
 
     def qkv_bias(self, prefix: str) -> nn.Parameter:
         """[(N + 2 K') D / t]: the bias of `qkv`."""
         spec = ParamSpec(pieces=self._qkv_pieces(prefix, "bias"), init="zeros", weight_decay=False)
-        return self._make((_rows(spec),), spec)
+        return self.make((_rows(spec),), spec)
 
     def row(self, name: str, out_features: int, in_features: int, *, std: float) -> nn.Parameter:
         """[out, in/t]: a matrix cut along its columns."""
         size, start, length = shard_range(in_features, self.mesh.tp)
         piece = Piece(name=name, shape=(out_features, in_features), dim=1, start=start, length=length)
-        return self._make((out_features, size), ParamSpec(pieces=(piece,), std=std))
+        return self.make((out_features, size), ParamSpec(pieces=(piece,), std=std))
 
     def vocab(self, name: str, *, tied: bool) -> nn.Parameter:
         """[V'/t, H]: an embedding or head cut along the padded vocabulary; padding rows are zero."""
@@ -92,7 +98,7 @@ class ParameterFactory:
         size, start, length = shard_range(vocab_size, self.mesh.tp, multiple=multiple)
         piece = Piece(name=name, shape=(vocab_size, hidden_size), start=start, length=length)
         std = self.config.initializer_range
-        return self._make((size, hidden_size), ParamSpec(pieces=(piece,), std=std, tied=tied and self._tied_copies))
+        return self.make((size, hidden_size), ParamSpec(pieces=(piece,), std=std, tied=tied and self._tied_copies))
 
     def replicated(self, name: str, shape: tuple[int, ...], *, init: str, partial: bool | None = None) -> nn.Parameter:
         """A vector or small table that every tp rank holds.
@@ -109,7 +115,7 @@ class ParameterFactory:
             tp_replicated=True,
             tp_partial=is_partial,
         )
-        return self._make(shape, spec)
+        return self.make(shape, spec)
 
     def products(self, weight: nn.Parameter, *, layer: int) -> Products:
         """What a linear of `layer` with this weight multiplies with."""
@@ -117,7 +123,8 @@ class ParameterFactory:
             return PLAIN
         return Fp8Products(self._fp8)
 
-    def _make(self, shape: tuple[int, ...], spec: ParamSpec) -> nn.Parameter:
+    def make(self, shape: tuple[int, ...], spec: ParamSpec) -> nn.Parameter:
+        """A parameter of this local shape; its spec is remembered."""
         parameter = nn.Parameter(torch.empty(shape, dtype=self._dtype, device=self.mesh.device))
         if self._allocate:
             parameter.data.zero_()
@@ -156,13 +163,12 @@ def initialize_(parameter: torch.Tensor, spec: ParamSpec, *, seed: int) -> None:
     """Fills a local parameter with its slices of the layout-independent initial weights."""
     for piece in spec.pieces:
         view = piece.local(parameter)
-        if spec.init == "normal":
-            random.normal_(
-                view, key=random.key(seed, "init", piece.name), start=piece.local_start, shape=piece.shape, std=spec.std
-            )
+        if spec.init in ("normal", "uniform"):
+            draw_ = random.normal_ if spec.init == "normal" else random.uniform_
+            key = random.key(seed, "init", piece.name)
+            draw_(view, key=key, start=piece.local_start, shape=piece.shape, std=spec.std)
         else:
             view.fill_(1.0 if spec.init == "ones" else 0.0)
-
 
 
 def _rows(spec: ParamSpec) -> int:

@@ -12,6 +12,7 @@ Letters: B sequences, S positions, T = B * S tokens, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megallm.config.lora import LoraConfig
 from megallm.config.model import ModelConfig
 from megallm.model.block import Block, Norm, drop_hidden
 from megallm.model.context import TokenContext
@@ -168,15 +170,18 @@ class Transformer(nn.Module):
         recompute: Recompute = "none",
         backends: Backends = DEFAULT,
         fp8: Fp8Recipe | None = None,
+        lora: LoraConfig | None = None,
         allocate: bool = True,
     ) -> None:
         """`partition[s]`: the layers of stage s, of all pp * virtual_stages stages of the pipeline.
 
         `fp8`: how the layers' linears multiply; None = in `dtype`.
+        `lora`: adapters that the layers have; all other parameters are frozen then, but for a scalar head.
         `allocate=False`: parameters have shapes but no memory, until `FlatParameters` gives them theirs.
         """
         super().__init__()
         self.config, self.mesh, self.dtype = config, mesh, dtype
+        self.lora = lora
         self.sequence_parallel = mesh.tp.size > 1 if sequence_parallel is None else sequence_parallel
         self.num_stages = len(partition)
         factory = ParameterFactory(
@@ -187,8 +192,10 @@ class Transformer(nn.Module):
             tied_copies=mesh.pp.size > 1 and config.head == "lm",
             backends=backends,
             fp8=fp8,
+            lora=lora,
             allocate=allocate,
         )
+        self._adapters = factory.adapters
         self.stages = nn.ModuleDict()
         for stage in range(mesh.pp.rank, self.num_stages, mesh.pp.size):
             self.stages[str(stage)] = Stage(
@@ -201,6 +208,9 @@ class Transformer(nn.Module):
                 tied_to=self.stages["0"].embed_tokens.weight if mesh.pp.size == 1 and stage > 0 else None,  # type: ignore[union-attr, arg-type]
             )
         self.specs: dict[str, ParamSpec] = {n: factory.specs[p] for n, p in self.named_parameters()}
+        if lora is not None:
+            for name, spec, parameter in self.slices():
+                parameter.requires_grad_(spec.is_adapter or name.endswith(".score"))
 
     def stage(self, index: int) -> Stage:
         """The stage of global index `index`, which must live on this rank."""
@@ -212,6 +222,20 @@ class Transformer(nn.Module):
             if names is None or name in names:
                 initialize_(parameter.data, self.specs[name], seed=seed)
         return self
+
+    @property
+    def has_adapters_off(self) -> bool:
+        """Whether it is inside `adapters_off`."""
+        return not self._adapters.is_on
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Inside, adapters add nothing: outputs are those of the frozen weights, to the bit."""
+        before, self._adapters.is_on = self._adapters.is_on, False
+        try:
+            yield
+        finally:
+            self._adapters.is_on = before
 
     def is_second_copy(self, name: str) -> bool:
         """Whether the parameter is the last pipeline stage's copy of the tied embedding."""

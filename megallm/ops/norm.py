@@ -112,7 +112,7 @@ class _RMSNorm(torch.autograd.Function):
         # dx = scale (w dy - unit mean(w dy unit));  dw = sum over rows of dy unit
         rows = product.reshape(-1, x.size(-1))
         mean = torch.mv(rows, wide_weight).div_(x.size(-1)).view(scale.shape)
-        dweight = rows.sum(0).to(weight.dtype)
+        dweight = rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         dx = unit.mul_(mean.neg_()).addcmul_(dy.to(unit.dtype), wide_weight).mul_(scale)
         return dx.to(x.dtype), dweight, None
 

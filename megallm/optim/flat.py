@@ -3,6 +3,8 @@
 Every parameter becomes a view of its bucket. Where parameters are sharded (ZeRO stage 3), a bucket's memory exists only
 while a layer that needs it computes: the storage is freed and allocated again under the same views, so that neither
 modules nor autograd notice. The shard is kept apart then; else it is a part of the bucket itself.
+
+Frozen parameters have buckets of their own, which are gathered likewise and have neither gradients nor an optimizer.
 """
 
 from __future__ import annotations
@@ -114,16 +116,26 @@ class FlatBucket:
             self.params.untyped_storage().resize_(0)
             self._is_present = False
 
-    def refill(self) -> Iterator[set[str]]:
-        """Once: the names of the parameters, whose memory is there to be given new values until the next turn."""
-        self.wait()
-        if self.is_sharded:
+    def refill(self, *, anew: bool) -> Iterator[set[str]]:
+        """Once: the names of the parameters, whose memory is there to be given new values until the next turn.
+
+        anew: it holds zeros; else the present values, which takes a collective.
+        """
+        if anew and self.is_sharded:
+            self.wait()
             self._allocate()
             self.params.zero_()  # padded rows stay zero
+        elif not self.is_present:
+            self.start_gather()
+        self.wait()
         yield {slot.name for slot in self.bucket.slots}
+        self._is_present = True
+        self.keep()
+
+    def keep(self) -> None:
+        """Takes the whole's values, which are there and alike on all ranks, as the shards'."""
         if self.is_sharded:
             self.shard.copy_(self.params[self.range[0] : self.range[1]])
-        self._is_present = True
         self.release()
 
     def _allocate(self) -> None:
@@ -154,7 +166,7 @@ class FlatParameters:
         if offload != "none":
             holds_params = offload == "optimizer+params"
             self.host = HostMemory(model.mesh.device, model.mesh.recorder, holds_params=holds_params)
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = dict(model.named_parameters())
         names = {p: name for name, p in self.parameters.items()}
         self.units = {
             unit: [names[p] for p in needed if p in names]
@@ -163,15 +175,21 @@ class FlatParameters:
         }
         """Names of the parameters that each unit needs, units in the order of use."""
         num_shards = axis.size if zero > 0 else 1
-        plan = plan_buckets(self._entries(), bucket_size=bucket_size, num_shards=num_shards, by_unit=self.zero == 3)
-        self.buckets = [
-            FlatBucket(
-                bucket, self.parameters, axis, is_sharded=self.zero == 3, num_shards=num_shards, host=self.host
-            )
-            for bucket in plan
-        ]
+        self.trained, self.frozen = (
+            [
+                FlatBucket(
+                    bucket, self.parameters, axis, is_sharded=self.zero == 3, num_shards=num_shards, host=self.host
+                )
+                for bucket in plan_buckets(
+                    entries, bucket_size=bucket_size, num_shards=num_shards, by_unit=self.zero == 3
+                )
+            ]
+            for entries in self._entries()
+        )
+        self.buckets = [*self.trained, *self.frozen]
 
-    def _entries(self) -> list[Entry]:
+    def _entries(self) -> tuple[list[Entry], list[Entry]]:
+        """What trains, what does not, each in the order of use."""
         found: dict[str, Entry] = {}
         for unit, names in self.units.items():
             for name in names:
@@ -184,15 +202,17 @@ class FlatParameters:
                     stage=int(unit.split(".")[0]),
                     is_alone=spec.tied or name in found,
                 )
-        return list(found.values())
+        trained = {name for name in found if self.parameters[name].requires_grad}
+        return [e for n, e in found.items() if n in trained], [e for n, e in found.items() if n not in trained]
 
-    def refill(self) -> Iterator[set[str]]:
+    def refill(self, *, anew: bool = False, frozen_only: bool = False) -> Iterator[set[str]]:
         """One bucket after another: the names of parameters to be given new values before the next turn.
 
-        Every rank fills what it holds whole, alike on all data-parallel ranks; each keeps its shard. No collective.
+        Every rank fills what it holds whole, alike on all data-parallel ranks; each keeps its shard.
+        anew: the parameters are zeros before; else they are as they were, which takes collectives.
         """
-        for flat in self.buckets:
-            yield from flat.refill()
+        for flat in self.frozen if frozen_only else self.buckets:
+            yield from flat.refill(anew=anew)
 
     def settle(self) -> None:
         """Waits for what is on its way."""

@@ -126,7 +126,7 @@ class GradBucket:
 
 
 class Gradients:
-    """The gradients' buckets of one model, fed by its layers."""
+    """The gradients' buckets of one model's trained parameters, fed by its layers."""
 
     def __init__(self, flat: FlatParameters, *, dtype: torch.dtype | None = None) -> None:
         """dtype: of the sums; fp32 unless the model is fp64."""
@@ -135,7 +135,7 @@ class Gradients:
         self._counted: list[GradientSlice] = []
         wide = torch.float64 if model.dtype == torch.float64 else torch.float32
         self.buckets = []
-        for each in flat.buckets:
+        for each in flat.trained:
             shapes = [flat.parameters[slot.name].shape for slot in each.bucket.slots]
             self.buckets.append(GradBucket(each, shapes, model.mesh, dtype or wide, zero=flat.zero, host=flat.host))
         self._sinks: dict[str, GradSink] = {}
@@ -196,7 +196,7 @@ class Gradients:
             bucket.start_sum_over(self._mesh.embedding).wait()
 
     def named(self) -> dict[str, torch.Tensor]:
-        """Every local parameter's gradient, views; complete at ZeRO stage 0 only."""
+        """Every trained local parameter's gradient, views; complete at ZeRO stage 0 only."""
         return {name: sink.buffer for name, sink in self._sinks.items()}
 
     def counted(self) -> list[GradientSlice]:
@@ -209,7 +209,7 @@ class Gradients:
     def _attach(self, model: Transformer) -> None:
         """Gives layers their sinks; parameters without a layer that feeds them get a hook."""
         fed = set()
-        names = {p: n for n, p in self._flat.parameters.items()}
+        names = {p: n for n, p in self._flat.parameters.items() if n in self._sinks}
         for module in model.modules():
             if isinstance(module, SinkLayer):
                 for short, parameter in module.named_parameters(recurse=False):
@@ -217,7 +217,7 @@ class Gradients:
                         module.grad_sinks[short] = self._sinks[names[parameter]]
                         fed.add(names[parameter])
         for name, parameter in self._flat.parameters.items():
-            if name not in fed:
+            if name in self._sinks and name not in fed:
                 parameter.register_post_accumulate_grad_hook(_feeder(self._sinks[name]))
 
     def _arm(self, index: int, num_microbatches: int) -> None:

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megallm.config.lora import LoraConfig
     from megallm.config.model import ModelConfig
     from megallm.config.optim import OptimConfig
     from megallm.config.parallel import ParallelConfig
@@ -31,6 +32,7 @@ _HOME = {
     "Backends": "megallm.ops.backends",
     "Engine": "megallm.trainers.engine",
     "IGNORE_INDEX": "megallm.parallel.logprobs",
+    "LoraConfig": "megallm.config.lora",
     "Mesh": "megallm.parallel.mesh",
     "ModelConfig": "megallm.config.model",
     "OptimConfig": "megallm.config.optim",
@@ -52,6 +54,7 @@ __all__ = [
     "Axis",
     "Backends",
     "Engine",
+    "LoraConfig",
     "Mesh",
     "ModelConfig",
     "OptimConfig",

@@ -61,15 +61,17 @@ class ParamSpec:
     """One local parameter."""
 
     pieces: tuple[Piece, ...]
-    init: Literal["normal", "zeros", "ones"] = "normal"
+    init: Literal["normal", "uniform", "zeros", "ones"] = "normal"
     std: float = 0.02
-    """Standard deviation of a normal initialisation."""
+    """Standard deviation of a normal initialisation, or of a uniform one around 0."""
     weight_decay: bool = True
     """Whether decoupled weight decay applies: matrices yes, norms, biases and positions no."""
     tp_replicated: bool = False
     """Whether every tp rank holds the whole tensor."""
     tp_partial: bool = False
     """Whether each tp rank's gradient is a partial sum, to be summed over tp (sequence parallel)."""
+    is_adapter: bool = False
+    """Whether it is part of an adapter, which a model has beside the parameters of its shape."""
     tied: bool = False
     """Whether the first and the last pipeline rank both hold it, so that its gradients are summed over both."""
 

@@ -111,7 +111,7 @@ class _Column(torch.autograd.Function):
         sinks: _Sinks,
         products: Products,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight has no use for x
         ctx.tp, ctx.sequence_parallel, ctx.sinks, ctx.has_bias = tp, sequence_parallel, sinks, bias is not None
         ctx.products = products
         return products.output(all_gather(x, tp) if sequence_parallel else x, weight, bias)
@@ -120,12 +120,14 @@ class _Column(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        gathering = start_all_gather(x, ctx.tp) if ctx.sequence_parallel and needs_weight else Pending(x, None)
+        gathering: Pending | None = None
+        if needs_weight:
+            gathering = start_all_gather(x, ctx.tp) if ctx.sequence_parallel else Pending(x, None)
         gradient, dx = ctx.products.ready(dy), None
         if needs_x:
             reduce = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce_
             dx = reduce(ctx.products.input_gradient(gradient, weight), ctx.tp)
-        dw, db = _weight_grads(ctx, gradient, gathering.wait()) if needs_weight else (None, None)
+        dw, db = _weight_grads(ctx, gradient, gathering.wait()) if gathering is not None else (None, None)
         return (dx.wait() if dx is not None else None), dw, db, None, None, None, None
 
 
@@ -141,7 +143,7 @@ class _Row(torch.autograd.Function):
         sinks: _Sinks,
         products: Products,
     ) -> torch.Tensor:
-        ctx.save_for_backward(y, weight)
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, weight)
         ctx.tp, ctx.sequence_parallel, ctx.sinks, ctx.has_bias = tp, sequence_parallel, sinks, bias is not None
         ctx.products = products
         if tp.size == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -34,18 +35,31 @@ def normal_(out: torch.Tensor, *, key: int, start: tuple[int, ...], shape: tuple
     Computed in fp64 by Box and Muller (1958) and rounded through fp32, so that neither the slicing nor the
     precision that trains changes a weight.
     """
-    rows_at_once = max(1, _CHUNK // max(1, out[:1].numel()))
-    for first in range(0, out.size(0), rows_at_once):
-        rows = out[first : first + rows_at_once]
-        index = _global_index(rows.shape, (start[0] + first, *start[1:]), shape, out.device)
+    for rows, index in _in_parts(out, start, shape):
         radius = uniform(index * 2, key).log_().mul_(-2.0).sqrt_()
         angle = uniform(index * 2 + 1, key).mul_(2.0 * math.pi)
         rows.copy_(angle.cos_().mul_(radius).mul_(std).float())
 
 
+def uniform_(out: torch.Tensor, *, key: int, start: tuple[int, ...], shape: tuple[int, ...], std: float) -> None:
+    """`normal_` for numbers uniform in (-b, b), where b = sqrt(3) std."""
+    for rows, index in _in_parts(out, start, shape):
+        rows.copy_(uniform(index, key).mul_(2.0).sub_(1.0).mul_(math.sqrt(3.0) * std).float())
+
+
 def keep_mask(index: torch.Tensor, *, key: int, drop: float) -> torch.Tensor:
     """Boolean mask, true with probability 1 - drop, one for each int64 index."""
     return uniform(index, key) >= drop
+
+
+def _in_parts(
+    out: torch.Tensor, start: tuple[int, ...], shape: tuple[int, ...]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(rows of `out`, their elements' global index), few rows at a time."""
+    rows_at_once = max(1, _CHUNK // max(1, out[:1].numel()))
+    for first in range(0, out.size(0), rows_at_once):
+        rows = out[first : first + rows_at_once]
+        yield rows, _global_index(rows.shape, (start[0] + first, *start[1:]), shape, out.device)
 
 
 def _global_index(

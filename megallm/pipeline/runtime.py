@@ -97,10 +97,11 @@ class _Run:
             self._held[action.stage, action.microbatch] = (x, out)
 
     def backward(self, action: Action) -> None:
-        """The gradients of one stage, one microbatch."""
+        """The gradients of one stage, one microbatch; a first stage of a frozen embedding alone has none."""
         x, out = self._held.pop((action.stage, action.microbatch))
         grad = None if self._model.stage(action.stage).is_last else self._take(action)
-        torch.autograd.backward(out, grad)
+        if x is not None or out.requires_grad or self._model.stage(action.stage).is_last:
+            torch.autograd.backward(out, grad)
         if x is not None:
             assert x.grad is not None
             self._give(action, x.grad)

@@ -17,6 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
+from megallm.config.lora import LoraConfig
 from megallm.config.model import ModelConfig
 from megallm.config.numerics import NumericsConfig
 from megallm.config.parallel import Offload, ParallelConfig
@@ -24,7 +25,7 @@ from megallm.model.counts import Recompute
 from megallm.pipeline.generators import make_schedule
 from megallm.pipeline.schedule import Schedule
 from megallm.planner.activations import Activations, peak_activations
-from megallm.planner.parameters import Units, rank_buckets, rank_units, stage_layers
+from megallm.planner.parameters import Units, rank_buckets, rank_units, stage_layers, trained_names
 from megallm.planner.transients import most_whole_bytes
 
 PARAMETER_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
@@ -179,6 +180,7 @@ def predict_memory(
     numerics: NumericsConfig,
     optimizer: str = "adamw",
     recompute: Recompute = "none",
+    lora: LoraConfig | None = None,
     device_type: str = "cuda",
     fused: Collection[str] = (),
     pp_rank: int | None = None,
@@ -187,6 +189,8 @@ def predict_memory(
     it, on the host what the one needs that needs most there.
 
     `fused`: operations that run on Triton (see `Activations`).
+    `lora`: adapters; activations are then those of training everything, which is more, but for what dropout on their
+    inputs keeps.
     """
     schedule = make_schedule(
         parallel.schedule,
@@ -212,7 +216,7 @@ def predict_memory(
     plans = []
     for rank in range(parallel.pp) if pp_rank is None else (pp_rank,):
         device, host = _states_and_buffers(
-            rank_units(model, parallel, pp_rank=rank), parallel, schedule, sizes, pp_rank=rank, dp=dp,
+            rank_units(model, parallel, pp_rank=rank, lora=lora), parallel, schedule, sizes, pp_rank=rank, dp=dp,
             is_muon=optimizer == "muon",
         )  # fmt: skip
         activations = peak_activations(each, schedule, layers, pp_rank=rank)
@@ -265,25 +269,35 @@ def _states_and_buffers(
     num_shards = shard_size if parallel.zero else 1
     stage = effective_stage(parallel.zero, num_shards=shard_size, offload=parallel.offload)
     buckets = rank_buckets(units, bucket_size=parallel.bucket_size, num_shards=num_shards, by_unit=stage == 3)
+    trained = trained_names(units)
+    numel = {is_trained: 0 for is_trained in (True, False)}
+    for bucket in buckets:
+        numel[bucket.slots[0].name in trained] += bucket.numel
     device, host = placed_states(
-        sum(bucket.numel for bucket in buckets), zero=parallel.zero, num_shards=num_shards, offload=parallel.offload,
-        sizes=sizes,
+        numel[True], zero=parallel.zero, num_shards=num_shards, offload=parallel.offload, sizes=sizes
     )  # fmt: skip
+    frozen = sizes.parameter * numel[False] // (num_shards if stage == 3 else 1)
+    is_frozen_away = parallel.offload == "optimizer+params"
     buffers = most_whole_bytes(
         units, buckets, schedule, pp_rank=pp_rank, zero=stage, zero_keep=parallel.zero_keep,
         parameter_bytes=sizes.parameter, gradient_bytes=sizes.gradient,
     )  # fmt: skip
     if stage >= 2 and parallel.offload != "none" and schedule.num_microbatches > 1:  # a sum comes back to be added to
-        buffers += sizes.gradient * max(bucket.numel for bucket in buckets) // num_shards
+        summed = [bucket.numel for bucket in buckets if bucket.slots[0].name in trained]
+        buffers += sizes.gradient * max(summed, default=0) // num_shards
     saved = _saved_by_muon(units, sizes) // num_shards if is_muon else 0
     return (
         CauseBytes(
-            parameters=int(device.parameters),
+            parameters=int(device.parameters) + (0 if is_frozen_away else frozen),
             gradients=int(device.gradients),
             optimizer=int(device.optimizer) - saved,
             buffers=buffers,
         ),
-        CauseBytes(parameters=int(host.parameters), gradients=int(host.gradients), optimizer=int(host.optimizer)),
+        CauseBytes(
+            parameters=int(host.parameters) + (frozen if is_frozen_away else 0),
+            gradients=int(host.gradients),
+            optimizer=int(host.optimizer),
+        ),
     )
 
 

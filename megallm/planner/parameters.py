@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megallm.config.lora import LoraConfig, lora_targets
 from megallm.config.model import ModelConfig
 from megallm.config.parallel import ParallelConfig
 from megallm.model.parameters import WIDE_VOCABULARY
@@ -34,6 +35,8 @@ class LocalParameter:
     """Whether the first and the last pipeline rank both hold it."""
     uses: int = 1
     """Layers that take it in one forward: 2 for an embedding that is also the head of the same rank."""
+    is_trained: bool = True
+    """Whether it has a gradient and optimizer state."""
 
     @property
     def numel(self) -> int:
@@ -51,24 +54,19 @@ def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[range, .
     return partition_layers(model.num_hidden_layers, num_stages, explicit=parallel.pipeline_partition)
 
 
-def rank_units(model: ModelConfig, parallel: ParallelConfig, *, pp_rank: int) -> Units:
+def rank_units(
+    model: ModelConfig, parallel: ParallelConfig, *, pp_rank: int, lora: LoraConfig | None = None
+) -> Units:
     """The units of a pipeline rank; a parameter in two of them (a tied embedding without pipeline) has one name."""
-    tp, layers = parallel.tp, stage_layers(model, parallel)
-    is_tied = model.tie_word_embeddings and parallel.pp > 1
-    uses = 2 if model.tie_word_embeddings and parallel.pp == 1 else 1
-    embedding = _vocab_matrix(model, "embed_tokens.weight", tp, is_tied=is_tied, uses=uses)
-    units: Units = {}
-    for stage in range(pp_rank, len(layers), parallel.pp):
-        if stage == 0:
-            table = _vector("embed_positions", model.max_position_embeddings, model.hidden_size)
-            units["0.embed"] = (embedding, table) if model.position_embedding == "learned" else (embedding,)
-        for layer in layers[stage]:
-            prefix = f"layers.{layer}"
-            units[f"{stage}.{layer}"] = tuple(
-                replace(each, name=f"{prefix}.{each.name}") for each in layer_parameters(model, tp=tp)
-            )
-        if stage == len(layers) - 1:
-            units[f"{stage}.head"] = (*_norm(model, "norm"), _head(model, tp, embedding, is_tied=is_tied))
+    units = _full_units(model, parallel, pp_rank=pp_rank)
+    if lora is None or lora.lora_rank == 0:
+        return units
+    adapters = adapter_parameters(model, lora, tp=parallel.tp)
+    for unit, needed in units.items():
+        stage, place = unit.split(".")
+        frozen = tuple(replace(each, is_trained=each.name == "score.weight") for each in needed)
+        added = tuple(replace(each, name=f"layers.{place}.{each.name}") for each in adapters) if place.isdigit() else ()
+        units[f"{stage}.{place}"] = (*frozen, *added)
     return units
 
 
@@ -89,8 +87,31 @@ def layer_parameters(model: ModelConfig, *, tp: int) -> tuple[LocalParameter, ..
     return tuple(found)
 
 
+def adapter_parameters(model: ModelConfig, lora: LoraConfig, *, tp: int) -> tuple[LocalParameter, ...]:
+    """The adapters of one layer on a tp rank, in the order of use."""
+    hidden, inner, rank = model.hidden_size, model.intermediate_size // tp, lora.lora_rank
+    queries = model.num_attention_heads // tp * model.head_dim
+    keys = max(model.num_key_value_heads // tp, 1) * model.head_dim
+    targets = lora_targets(lora, model)
+    found = []
+    for linear, columns, rows in (
+        ("self_attn.qkv", hidden, {"q_proj": queries, "k_proj": keys, "v_proj": keys}),
+        ("self_attn.o", queries, {"o_proj": hidden}),
+        ("mlp.gate_up", hidden, {"gate_proj": inner, "up_proj": inner}),
+        ("mlp.down", inner, {"down_proj": hidden}),
+    ):
+        own = [name for name in rows if name in targets]
+        if own:
+            shapes = {"lora_A": (len(own) * rank, columns)} | {f"lora_B_{name}": (rows[name], rank) for name in own}
+            found += [
+                LocalParameter(name=f"{linear}_adapter.{name}", shape=shape, is_decayed=True)
+                for name, shape in shapes.items()
+            ]
+    return tuple(found)
+
+
 def rank_buckets(units: Units, *, bucket_size: int, num_shards: int, by_unit: bool) -> tuple[Bucket, ...]:
-    """The flat buckets of a rank's parameters, padding included."""
+    """The flat buckets of a rank's parameters, padding included; those of frozen ones are apart, and last."""
     entries: dict[str, Entry] = {}
     for unit, parameters in units.items():
         for each in parameters:
@@ -98,7 +119,38 @@ def rank_buckets(units: Units, *, bucket_size: int, num_shards: int, by_unit: bo
                 name=each.name, numel=each.numel, weight_decay=each.is_decayed, unit=unit,
                 stage=int(unit.split(".")[0]), is_alone=each.is_tied or each.name in entries,
             )  # fmt: skip
-    return plan_buckets(list(entries.values()), bucket_size=bucket_size, num_shards=num_shards, by_unit=by_unit)
+    trained = trained_names(units)
+    halves = ([e for n, e in entries.items() if (n in trained) == is_trained] for is_trained in (True, False))
+    return tuple(
+        bucket
+        for half in halves
+        for bucket in plan_buckets(half, bucket_size=bucket_size, num_shards=num_shards, by_unit=by_unit)
+    )
+
+
+def trained_names(units: Units) -> set[str]:
+    """The parameters that are not frozen."""
+    return {each.name for needed in units.values() for each in needed if each.is_trained}
+
+
+def _full_units(model: ModelConfig, parallel: ParallelConfig, *, pp_rank: int) -> Units:
+    tp, layers = parallel.tp, stage_layers(model, parallel)
+    is_tied = model.tie_word_embeddings and parallel.pp > 1
+    uses = 2 if model.tie_word_embeddings and parallel.pp == 1 else 1
+    embedding = _vocab_matrix(model, "embed_tokens.weight", tp, is_tied=is_tied, uses=uses)
+    units: Units = {}
+    for stage in range(pp_rank, len(layers), parallel.pp):
+        if stage == 0:
+            table = _vector("embed_positions", model.max_position_embeddings, model.hidden_size)
+            units["0.embed"] = (embedding, table) if model.position_embedding == "learned" else (embedding,)
+        for layer in layers[stage]:
+            prefix = f"layers.{layer}"
+            units[f"{stage}.{layer}"] = tuple(
+                replace(each, name=f"{prefix}.{each.name}") for each in layer_parameters(model, tp=tp)
+            )
+        if stage == len(layers) - 1:
+            units[f"{stage}.head"] = (*_norm(model, "norm"), _head(model, tp, embedding, is_tied=is_tied))
+    return units
 
 
 def _linear(name: str, rows: int, columns: int, has_bias: bool) -> Sequence[LocalParameter]:

@@ -47,6 +47,10 @@ class _Step:
         self._gathers, self._keeps = gathers, keeps
         bucket_of = {slot.name: i for i, bucket in enumerate(buckets) for slot in bucket.slots}
         self._fed = {unit: [bucket_of[each.name] for each in _forward_order(needed)] for unit, needed in units.items()}
+        self._sums = {
+            unit: [bucket_of[each.name] for each in _forward_order(needed) if each.is_trained]
+            for unit, needed in units.items()
+        }
         uses = {each.name: each.uses for needed in units.values() for each in needed}
         self._contributions = [sum(uses[slot.name] for slot in bucket.slots) for bucket in buckets]
         self._awaited = list(self._contributions)
@@ -76,7 +80,7 @@ class _Step:
                 before = names[i - 1 : i] if i else []
                 self._bring([unit, *(each for each in before if not each.endswith(".embed"))])
                 yield
-            for bucket in reversed(self._fed[unit]):
+            for bucket in reversed(self._sums[unit]):
                 self._contribute(bucket)
                 yield
                 self._wait_for_the_oldest()

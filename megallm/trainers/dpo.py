@@ -7,6 +7,7 @@ its weights are gone before the first step; `live`, a second model without gradi
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -79,7 +80,12 @@ def train(plan: FinetunePlan[PairDataset], info: LaunchInfo, device: torch.devic
 
 
 def reference_engine(plan: FinetunePlan[PairDataset], engine: Engine) -> Engine:
-    """The model before training on the policy's ranks, without gradients. A collective."""
+    """The model before training on the policy's ranks, without gradients. A collective.
+
+    With adapters it is the policy itself, whose weights are frozen.
+    """
+    if engine.lora is not None:
+        return engine
     run = plan.job.run
     parallel = replace(run.parallel, offload="none", zero=3 if run.parallel.zero == 3 else 0)
     reference = Engine(
@@ -92,7 +98,8 @@ def reference_engine(plan: FinetunePlan[PairDataset], engine: Engine) -> Engine:
 
 def reference_logprobs(reference: Engine, batch: Batch) -> torch.Tensor:
     """[B] fp32 (fp64 of an fp64 model): of each response under the reference; 0 on ranks without the last stage."""
-    found = reference.forward(batch, response_logprobs)
+    with reference.model.adapters_off() if reference.lora is not None else nullcontext():
+        found = reference.forward(batch, response_logprobs)
     if found:
         return torch.cat(found)
     dtype = torch.float64 if reference.model.dtype == torch.float64 else torch.float32

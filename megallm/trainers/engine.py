@@ -20,8 +20,11 @@ from typing import Any
 import torch
 
 from megallm.checkpoint import sharded
+from megallm.checkpoint.peft import load_peft, save_peft
 from megallm.checkpoint.sharded import TrainState
+from megallm.config.check_lora import check_lora
 from megallm.config.check_optim import check_optimizer_layout
+from megallm.config.lora import LoraConfig
 from megallm.config.model import ModelConfig
 from megallm.config.numerics import NumericsConfig, Precision
 from megallm.config.optim import OptimConfig
@@ -37,6 +40,7 @@ from megallm.optim.factory import make_optimizer
 from megallm.optim.flat import FlatParameters
 from megallm.optim.gradients import Gradients
 from megallm.optim.loss_scale import LossScale
+from megallm.optim.merge import merge_adapters
 from megallm.optim.optimizer import Optimizer
 from megallm.optim.residency import Residency
 from megallm.parallel.collectives import all_reduce_
@@ -73,6 +77,7 @@ class Engine:
         train: bool = True,
         neftune_alpha: float = 0.0,
         backends: Backends = DEFAULT,
+        lora: LoraConfig | None = None,
     ) -> None:
         """Builds and initialises this rank's part. Of `parallel` only what the mesh does not say is used.
 
@@ -80,14 +85,18 @@ class Engine:
         micro_batch_size: sequences a forward takes at once; `train=False` leaves out gradients and optimizer state.
         neftune_alpha: of the noise on the embeddings of training steps.
         backends: what the fused operations run on; ValueError if one is forced that cannot run here.
+        lora: adapters, which train instead of the weights; None or rank 0 = none.
         ValueError if the optimizer does not exist, or cannot work on what `parallel` leaves a rank.
         """
         parallel = parallel if parallel is not None else ParallelConfig(tp=mesh.tp.size, pp=mesh.pp.size)
         numerics = NumericsConfig(precision=precision) if isinstance(precision, str) else precision
         dtype = DTYPES[numerics.precision]
         self.config, self.mesh, self.optim = config, mesh, optim if optim is not None else OptimConfig()
+        self.lora = lora if lora is not None and lora.lora_rank else None
         if train:
             check_optimizer_layout(self.optim, parallel)
+        if lora is not None:
+            check_lora(lora, config, self.optim if train else None)
         self._tf32 = numerics.tf32
         check_backends(
             backends, config, tp=mesh.tp.size, device=mesh.device, dtype=dtype, offload=parallel.offload != "none"
@@ -107,6 +116,7 @@ class Engine:
             recompute=recompute,
             backends=backends,
             fp8=fp8,
+            lora=self.lora,
             allocate=not (train or parallel.zero == 3),
         )
         self.flat: FlatParameters | None = None
@@ -126,7 +136,7 @@ class Engine:
         self.flat = FlatParameters(
             self.model, bucket_size=parallel.bucket_size, zero=parallel.zero, offload=parallel.offload
         )
-        for names in self.flat.refill():
+        for names in self.flat.refill(anew=True):
             self.model.initialize(self.seed, names=names)
         self._residency = Residency(self.flat, keep=parallel.zero_keep)
 
@@ -156,7 +166,10 @@ class Engine:
         """
         if self.gradients is None or self.optimizer is None:
             raise ValueError("this engine was built with train=False: build it with train=True to train")
+        if self.lora is not None and self.model.has_adapters_off:
+            raise ValueError("train_step inside adapters_off, where nothing trains: leave that first")
         is_random = self.config.hidden_dropout > 0 or self.config.attention_dropout > 0 or self._noise > 0
+        is_random |= self.lora is not None and self.lora.lora_dropout > 0
         with self._products():
             result = train_step(
                 self.model,
@@ -242,6 +255,27 @@ class Engine:
             self.optimizer.refresh_master()
         self.step = 0 if weights_only else state.step
         return state
+
+    def save_adapters(self, directory: str, *, base_model: str | None = None) -> None:
+        """Writes the adapters as a directory that peft loads (checkpoint/peft.py). A collective."""
+        save_peft(directory, self.model, flat=self.flat, base_model=base_model)
+
+    def load_adapters(self, directory: str) -> None:
+        """Takes over the adapters of a peft directory; ValueError if they are of another base model or kind."""
+        if self._residency is not None:
+            self._residency.start_update()
+        load_peft(directory, self.model, flat=self.flat)
+        if self.optimizer is not None:
+            self.optimizer.refresh_master()
+
+    def merge_adapters(self) -> None:
+        """Adds the adapters to the weights they stand beside, and lets them start anew, from B = 0. A collective.
+
+        The model computes what it did, up to rounding: sums are made in fp32 and rounded once to the weights' dtype.
+        """
+        merge_adapters(self.model, self.flat)
+        if self.optimizer is not None:
+            self.optimizer.refresh_master()
 
     @contextmanager
     def _products(self) -> Iterator[None]:

@@ -126,7 +126,7 @@ def plan_finetune(
     job = plan_job(
         run, source=base.source, config=base.config, tokenizer=base.tokenizer, world_size=world_size,
         local_world_size=local_world_size, device=device, rows_per_sample=getattr(data.train, "rows_per_sample", 1),
-        notes=(*data.notes, note),
+        notes=(*data.notes, note), lora=run.lora,
     )  # fmt: skip
     return FinetunePlan(job=job, data=data)
 

@@ -19,7 +19,9 @@ from megallm.checkpoint import sharded
 from megallm.checkpoint.sharded import TrainState
 from megallm.config.backends import parse_backends
 from megallm.config.check import check_run
+from megallm.config.check_lora import check_lora
 from megallm.config.flags import format_config
+from megallm.config.lora import LoraConfig
 from megallm.config.model import ModelConfig
 from megallm.config.resolve import resolve_run
 from megallm.config.run import JobConfig
@@ -61,6 +63,8 @@ class JobPlan:
     """Sequences of a sample: more than 1 where responses are compared."""
     notes: tuple[str, ...] = ()
     """Lines on the data, said at the start."""
+    lora: LoraConfig | None = None
+    """Adapters that train instead of the weights; None or rank 0 = none."""
     neftune_alpha: float = 0.0
     """Of the noise on the embeddings of training steps."""
 
@@ -83,14 +87,17 @@ def plan_job(
     device: torch.device,
     rows_per_sample: int = 1,
     notes: tuple[str, ...] = (),
+    lora: LoraConfig | None = None,
 ) -> JobPlan:
     """The checked run of `config`, source's shape as the data made it. ValueError or FileNotFoundError, one message.
 
-    local_world_size: ranks that share this node's memory. rows_per_sample, notes: see JobPlan.
+    local_world_size: ranks that share this node's memory. rows_per_sample, notes, lora: see JobPlan.
     """
     run = resolve_run(run)
     warnings = check_run(run, config, world_size)
     warnings += check_fp8(fp8_recipe(run.numerics), config, tp=run.parallel.tp, device=device)
+    if lora is not None:
+        check_lora(lora, config, run.optim)
     backends = Backends(parse_backends(run.backend), announce=lambda line: None)
     check_names(backends, config)
     check_backends(
@@ -98,7 +105,7 @@ def plan_job(
         offload=run.parallel.offload != "none",
     )  # fmt: skip
     memory = plan_memory(
-        run, config, world_size=world_size, device=device, backends=backends, rows_per_sample=rows_per_sample
+        run, config, world_size=world_size, device=device, backends=backends, rows_per_sample=rows_per_sample, lora=lora
     )
     check_offload(memory, local_world_size=local_world_size)
     resume_from = _resume_from(run)
@@ -109,7 +116,7 @@ def plan_job(
         )
     return JobPlan(
         run=run, source=source, config=config, tokenizer=tokenizer, warnings=tuple(warnings), memory=memory,
-        resume_from=resume_from, rows_per_sample=rows_per_sample, notes=notes,
+        resume_from=resume_from, rows_per_sample=rows_per_sample, notes=notes, lora=lora,
     )  # fmt: skip
 
 
@@ -157,6 +164,7 @@ def _build(plan: JobPlan, device: torch.device, log: Log) -> Engine:
         recompute=train.recompute,
         seed=train.seed,
         neftune_alpha=plan.neftune_alpha,
+        lora=plan.lora,
         backends=Backends(parse_backends(run.backend), announce=lambda line: log.info(f"kernel {line}")),
     )
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from megallm.config.check import data_parallel_size, num_microbatches
+from megallm.config.lora import LoraConfig
 from megallm.config.model import ModelConfig
 from megallm.config.run import JobConfig
 from megallm.model.fused import fused_choices
@@ -35,6 +36,7 @@ def plan_memory(
     device: torch.device,
     backends: Backends,
     rows_per_sample: int = 1,
+    lora: LoraConfig | None = None,
 ) -> MemoryPlan:
     """What the ranks that need most will need, for a run that passed the checks."""
     dp = data_parallel_size(run.parallel, world_size)
@@ -50,6 +52,7 @@ def plan_memory(
         recompute=run.train.recompute,
         device_type=device.type,
         fused=_fused(run, config, device, backends),
+        lora=lora,
     )
 
 
