@@ -30,12 +30,18 @@ from megallm.trainers.engine import Engine
 from megallm.trainers.evaluate import validation_metrics
 from megallm.trainers.job import JobPlan, check_shape, plan_job
 from megallm.trainers.losses import LossFunction
+from megallm.trainers.pretrain import show_sample
 from megallm.trainers.source import Head, ModelSource, open_model
 
 DEMO, BASE = Path("runs/demo"), Path("runs/base")
 """What `make demo` leaves; what is trained here where that is not there."""
 _ROUND_TO = 8
 """Rows are as long as their batch's longest, rounded up to this (times tp)."""
+
+__all__ = [
+    "Base", "FinetunePlan", "batches", "open_base", "plan_finetune", "show", "show_sample", "valid_batches",
+    "validate_with", "with_base_model",
+]  # fmt: skip
 
 FinetuneConfig = SftConfig | RewardConfig | DpoConfig
 Run = TypeVar("Run", SftConfig, RewardConfig, DpoConfig)

@@ -14,12 +14,10 @@ from megallm.config.finetune import SftConfig
 from megallm.data.finetune import SftDataset
 from megallm.data.finetune_data import sft_data
 from megallm.runtime.environment import LaunchInfo
-from megallm.runtime.logging import Log
 from megallm.trainers.engine import Engine
 from megallm.trainers.finetune import FinetunePlan, batches, open_base, plan_finetune, validate_with
 from megallm.trainers.job import run_job
 from megallm.trainers.losses import language_model_loss
-from megallm.trainers.pretrain import show_sample
 
 
 def plan(
@@ -36,13 +34,9 @@ def plan(
     return replace(plan, job=replace(plan.job, neftune_alpha=run.sft.neftune_alpha))
 
 
-def train(
-    plan: FinetunePlan[SftDataset], info: LaunchInfo, device: torch.device, *, sample_prompt: str = ""
-) -> Engine:
+def train(plan: FinetunePlan[SftDataset], info: LaunchInfo, device: torch.device) -> Engine:
     """Trains as planned; leaves checkpoints, metrics and a plot in the save directory. A collective of the job."""
-    engine = run_job(
+    return run_job(
         plan.job, info, device, loader=lambda engine: batches(plan, engine), loss_fn=language_model_loss,
         validate=validate_with(plan, language_model_loss),
     )  # fmt: skip
-    show_sample(engine, plan.job.tokenizer, sample_prompt, log=Log(info.rank))
-    return engine
