@@ -68,7 +68,7 @@ def dataset_of(kind: str) -> SftDataset | PairDataset:
 
 
 def engine_of(kind: str, case: Case, dataset: SftDataset | PairDataset) -> Engine:
-    rows = getattr(dataset, "rows_per_sample", 1)
+    rows = dataset.rows_per_sample
     config = MODELS[case.model].replace(hidden_dropout=0.0, attention_dropout=0.0)
     if kind in ("reward", "ranking"):
         config = config.replace(head="scalar", tie_word_embeddings=False)

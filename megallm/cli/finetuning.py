@@ -23,7 +23,9 @@ def run_example(
         info = launch_info()
         device = device_for(info.local_rank)
         # After the flags: a mistyped one is answered at once.
-        finetune = importlib.import_module("megallm.trainers.finetune")
+        from megallm.trainers import finetune
+        from megallm.trainers.pretrain import show_sample
+
         module = importlib.import_module(f"megallm.trainers.{trainer}")
     run = finetune.with_base_model(run, info, device, cache_dir=user_cache_dir())
     with usage_errors():
@@ -34,7 +36,7 @@ def run_example(
         return 0
     engine = module.train(plan, info, device)
     if engine.config.head == "lm":
-        finetune.show_sample(engine, plan.job.tokenizer, args.sample_prompt, log=Log(info.rank))
+        show_sample(engine, plan.job.tokenizer, args.sample_prompt, log=Log(info.rank))
     return 0
 
 

@@ -41,6 +41,9 @@ Rows = dict[str, npt.NDArray[Any]]
 class SftDataset:
     """Samples for supervised fine-tuning."""
 
+    rows_per_sample = 1
+    """As PairDataset's."""
+
     def __init__(
         self,
         examples: Sequence[Example],

@@ -6,7 +6,7 @@ its weights are gone before the first step; `live`, a second model without gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -15,14 +15,13 @@ import torch
 from megallm.config.check_finetune import check_dpo
 from megallm.config.finetune import DpoConfig
 from megallm.data.finetune import PairDataset
-from megallm.data.finetune_data import comparison_data
 from megallm.data.loader import BatchLoader, ValidationLoader
 from megallm.parallel.collectives import all_reduce_
 from megallm.runtime.environment import LaunchInfo
 from megallm.runtime.logging import Log
 from megallm.trainers.engine import Engine
 from megallm.trainers.evaluate import validation_metrics
-from megallm.trainers.finetune import FinetunePlan, batches, open_base, plan_finetune, valid_batches
+from megallm.trainers.finetune import FinetunePlan, batches, plan_comparisons, valid_batches
 from megallm.trainers.job import run_job
 from megallm.trainers.losses import Batch
 from megallm.trainers.preference_losses import DpoLoss, count_prompts, response_logprobs
@@ -33,12 +32,9 @@ def plan(
 ) -> FinetunePlan[PairDataset]:
     """The checked run. ValueError or FileNotFoundError, in one message, for everything a user can get wrong."""
     check_dpo(run.dpo)
-    base = open_base(run, world_size=world_size, device=device, head="lm", drop=False)
-    data = comparison_data(
-        run.data, tokenizer=base.tokenizer, model=base.source.directory, seq_length=run.train.seq_length,
-        seed=run.train.seed, multiple=base.multiple, only_pairs=True,
-    )  # fmt: skip
-    return plan_finetune(run, base, data, world_size=world_size, local_world_size=local_world_size, device=device)
+    return plan_comparisons(
+        run, head="lm", only_pairs=True, world_size=world_size, local_world_size=local_world_size, device=device
+    )
 
 
 def train(plan: FinetunePlan[PairDataset], info: LaunchInfo, device: torch.device) -> Engine:
@@ -65,14 +61,12 @@ def train(plan: FinetunePlan[PairDataset], info: LaunchInfo, device: torch.devic
 
     def validate(engine: Engine) -> Callable[[], dict[str, float]] | None:
         held_out = valid_batches(plan, engine)
-        if held_out is None:
-            return None
-        if not reference:
-            return lambda: validation_metrics(engine, held_out, loss_fn)
-        known = [batch | {"ref_logprobs": reference_logprobs(reference[0], batch)} for batch in held_out]
+        known: Iterable[Batch] | None = held_out
+        if held_out is not None and reference:
+            known = [batch | {"ref_logprobs": reference_logprobs(reference[0], batch)} for batch in held_out]
         if options.reference == "precomputed":
-            reference.clear()
-        return lambda: validation_metrics(engine, known, loss_fn)
+            reference.clear()  # its weights go
+        return None if known is None else lambda: validation_metrics(engine, known, loss_fn)
 
     return run_job(
         plan.job, info, device, loader=loader, loss_fn=loss_fn, validate=validate, count_fn=count_prompts

@@ -19,7 +19,8 @@ from megallm.config.model import ModelConfig
 from megallm.config.optim import OptimConfig
 from megallm.config.run import RunConfig
 from megallm.config.train import TrainConfig
-from megallm.data.finetune_data import Dataset, FinetuneData
+from megallm.data.finetune import PairDataset
+from megallm.data.finetune_data import Dataset, FinetuneData, comparison_data
 from megallm.data.loader import BatchLoader, ValidationLoader
 from megallm.data.show import show_masks
 from megallm.data.tokenizer import Tokenizer
@@ -30,7 +31,6 @@ from megallm.trainers.engine import Engine
 from megallm.trainers.evaluate import validation_metrics
 from megallm.trainers.job import JobPlan, check_shape, plan_job
 from megallm.trainers.losses import LossFunction
-from megallm.trainers.pretrain import show_sample
 from megallm.trainers.source import Head, ModelSource, open_model
 
 DEMO, BASE = Path("runs/demo"), Path("runs/base")
@@ -38,13 +38,8 @@ DEMO, BASE = Path("runs/demo"), Path("runs/base")
 _ROUND_TO = 8
 """Rows are as long as their batch's longest, rounded up to this (times tp)."""
 
-__all__ = [
-    "Base", "FinetunePlan", "batches", "open_base", "plan_finetune", "show", "show_sample", "valid_batches",
-    "validate_with", "with_base_model",
-]  # fmt: skip
-
 FinetuneConfig = SftConfig | RewardConfig | DpoConfig
-Run = TypeVar("Run", SftConfig, RewardConfig, DpoConfig)
+Run = TypeVar("Run", bound=FinetuneConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +87,11 @@ def with_base_model(run: Run, info: LaunchInfo, device: torch.device, *, cache_d
 
 
 def open_base(
-    run: FinetuneConfig, *, world_size: int, device: torch.device, head: Head, drop: bool = True, rows: int = 1
+    run: FinetuneConfig, *, world_size: int, device: torch.device, head: Head, drop: bool = True
 ) -> Base:
     """The model that `run` starts from, its shape checked. ValueError or FileNotFoundError.
 
-    drop: whether the model's dropout stays; losses that compare two passes want none. rows: sequences of a sample.
+    drop: whether the model's dropout stays; losses that compare two passes want none.
     """
     check_examples(run.data)
     assert run.model is not None, "with_base_model comes first"
@@ -131,7 +126,7 @@ def plan_finetune(
     note = f"{data.train.num_samples:,} samples: {run.train.steps:,} steps are {passes:.2f} passes over them"
     job = plan_job(
         run, source=base.source, config=base.config, tokenizer=base.tokenizer, world_size=world_size,
-        local_world_size=local_world_size, device=device, rows_per_sample=getattr(data.train, "rows_per_sample", 1),
+        local_world_size=local_world_size, device=device, rows_per_sample=data.train.rows_per_sample,
         notes=(*data.notes, note), lora=run.lora,
     )  # fmt: skip
     return FinetunePlan(job=job, data=data)
@@ -145,6 +140,24 @@ def show(plan: FinetunePlan[Dataset], number: int, *, colour: bool) -> str:
 
 def _up_to_multiple(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def plan_comparisons(
+    run: RewardConfig | DpoConfig,
+    *,
+    head: Head,
+    only_pairs: bool,
+    world_size: int,
+    local_world_size: int,
+    device: torch.device,
+) -> FinetunePlan[PairDataset]:
+    """The checked run of a trainer that compares responses, without dropout; `only_pairs`: rankings are refused."""
+    base = open_base(run, world_size=world_size, device=device, head=head, drop=False)
+    data = comparison_data(
+        run.data, tokenizer=base.tokenizer, model=base.source.directory, seq_length=run.train.seq_length,
+        seed=run.train.seed, multiple=base.multiple, only_pairs=only_pairs,
+    )  # fmt: skip
+    return plan_finetune(run, base, data, world_size=world_size, local_world_size=local_world_size, device=device)
 
 
 def batches(plan: FinetunePlan[Dataset], engine: Engine) -> BatchLoader:

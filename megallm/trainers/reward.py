@@ -8,11 +8,10 @@ from megallm.checkpoint import sharded
 from megallm.config.check_finetune import check_reward
 from megallm.config.finetune import RewardConfig
 from megallm.data.finetune import PairDataset
-from megallm.data.finetune_data import comparison_data
 from megallm.runtime.environment import LaunchInfo
 from megallm.runtime.logging import Log
 from megallm.trainers.engine import Engine
-from megallm.trainers.finetune import FinetunePlan, batches, open_base, plan_finetune, validate_with
+from megallm.trainers.finetune import FinetunePlan, batches, plan_comparisons, validate_with
 from megallm.trainers.job import run_job
 from megallm.trainers.preference_losses import RewardLoss, count_prompts
 from megallm.trainers.scores import calibrate, write_calibration
@@ -26,12 +25,9 @@ def plan(
 ) -> FinetunePlan[PairDataset]:
     """The checked run. ValueError or FileNotFoundError, in one message, for everything a user can get wrong."""
     check_reward(run.reward)
-    base = open_base(run, world_size=world_size, device=device, head="scalar", drop=False)
-    data = comparison_data(
-        run.data, tokenizer=base.tokenizer, model=base.source.directory, seq_length=run.train.seq_length,
-        seed=run.train.seed, multiple=base.multiple, only_pairs=False,
-    )  # fmt: skip
-    return plan_finetune(run, base, data, world_size=world_size, local_world_size=local_world_size, device=device)
+    return plan_comparisons(
+        run, head="scalar", only_pairs=False, world_size=world_size, local_world_size=local_world_size, device=device
+    )
 
 
 def train(plan: FinetunePlan[PairDataset], info: LaunchInfo, device: torch.device) -> Engine:
