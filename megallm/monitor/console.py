@@ -94,10 +94,16 @@ def step_line(metrics: Mapping[str, Any], *, total_steps: int, eta_s: float | No
         columns.append(f"mfu {100 * metrics['mfu']:4.1f}%")
     if metrics.get("step_time_s") is not None:
         columns.append(f"{_seconds(metrics['step_time_s']):>8}")
-    columns += [f"{name.replace('_', ' ')} {_extra(value)}" for name, value in metrics.items() if name not in _SHOWN]
+    others = {name: value for name, value in metrics.items() if name not in _SHOWN and not _has_own_line(name)}
+    columns += [f"{name.replace('_', ' ')} {_extra(value)}" for name, value in others.items()]
     if eta_s is not None:
         columns.append(f"eta {format_duration(eta_s)}")
     return " | ".join(columns)
+
+
+def _has_own_line(name: str) -> bool:
+    """Whether only the validation's line shows it."""
+    return name.startswith("valid_") and name != "valid_loss"
 
 
 def validation_line(step: int, metrics: Mapping[str, float], *, total_steps: int) -> str:
@@ -111,7 +117,7 @@ def validation_line(step: int, metrics: Mapping[str, float], *, total_steps: int
     if not others:
         perplexity = math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.nan
         columns.append(f"perplexity {_number(perplexity, 7, 2)}")
-    columns += [f"{name.replace('_', ' ')} {_number(value, 7, 3)}" for name, value in others.items()]
+    columns += [f"{name.replace('_', ' ')} {_number(value, 8, 3)}" for name, value in others.items()]
     return " | ".join(columns) + " <===="
 
 
