@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CPU_SOURCES := $(wildcard csrc/cpu_*)
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench-cpu bench-zero bench-finetune bench-gpu clean
+.PHONY: demo test check bench-cpu bench-zero bench-finetune bench-dpo-memory bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -33,6 +33,9 @@ bench-zero: $(VENV)/.installed
 
 bench-finetune: $(VENV)/.installed
 	$(BIN)/python benchmarks/finetune.py $(ARGS)
+
+bench-dpo-memory: $(VENV)/.installed
+	$(BIN)/python benchmarks/dpo_memory.py $(ARGS)
 
 # On a machine without a network there is no .venv: whatever python3 holds torch and triton runs it. ARGS="--check-only" etc.
 bench-gpu:

@@ -148,6 +148,6 @@ def test_layouts_agree_on_packed_documents() -> None:
 
 
 def test_documents_are_runs_of_equal_numbers() -> None:
-    documents = Documents.of(torch.tensor([[4, 4, 7, 7, 7], [7, 1, 4, 4, 4]]), torch.device("cpu"))
+    documents = Documents.of(torch.tensor([[4, 4, 7, 7, 7], [7, 1, 4, 4, 4]]))
     assert documents.lengths == (2, 3, 1, 1, 3) and documents.longest == 3
     assert documents.offsets.tolist() == [0, 2, 5, 6, 7, 10]

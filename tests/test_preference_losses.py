@@ -11,7 +11,8 @@ import torch
 
 from megallm.parallel.logprobs import VocabLogits
 from megallm.parallel.mesh import Mesh
-from megallm.trainers.preference_losses import DpoLoss, RewardLoss, count_prompts, last_scores
+from megallm.trainers.preference_losses import DpoLoss, RewardLoss, count_prompts
+from megallm.trainers.rows import last_values
 
 V, S = 11, 6
 
@@ -120,7 +121,7 @@ def test_reward_is_the_mean_over_all_pairs_of_a_prompt(centering: float, has_mar
     if has_margins:
         batch["margins"] = margins
     total, count, metrics = RewardLoss(centering=centering)(values, batch)
-    scores = last_scores(values, batch).tolist()
+    scores = last_values(values, batch).tolist()
     expected = accuracy = 0.0
     for rows in ([0, 1, 2], [3, 4], [5, 6, 7, 8]):
         found = list(itertools.combinations(rows, 2))

@@ -104,11 +104,10 @@ class SftDataset:
         packing.py has them."""
         if self.is_packed:
             return self._collate_packed(indices, num_samples)
-        order = sorted(indices, key=self._length)  # neighbours of like length: microbatches are cut to their longest
-        chosen = [self._examples[self.members(index)[0]] for index in order]
+        chosen = [self._examples[self.members(index)[0]] for index in indices]
         longest = 0 if self._multiple is None else max(self._length(index) for index in whole)
         rows = _padded(chosen, num_samples, _row_length(longest, self.seq_length, self._multiple))
-        return rows | {"sample_ids": _ids(order, num_samples)}
+        return rows | {"sample_ids": _ids(indices, num_samples)}
 
     def _length(self, index: int) -> int:
         return int(self._lengths[self.members(index)[0]])
@@ -200,15 +199,14 @@ class PairDataset:
         ranks: Ids = np.full((num_samples, size), -1, dtype=np.int64)
         margins = np.zeros((num_samples, size), dtype=np.float32)
         parts = []
-        order = sorted(indices, key=self._length)  # neighbours of like length: microbatches are cut to their longest
-        for row, index in enumerate(order):
+        for row, index in enumerate(indices):
             group = self._groups[self.member(index)]
             parts.append(_padded(group.examples, size, length))
             ranks[row, : len(group.ranks)] = group.ranks
             margins[row] = group.margin or 0.0
         parts += [_padded((), size, length)] * (num_samples - len(parts))
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        sample_ids = np.repeat(_ids(order, num_samples), size)
+        sample_ids = np.repeat(_ids(indices, num_samples), size)
         return rows | {"ranks": ranks.reshape(-1), "margins": margins.reshape(-1), "sample_ids": sample_ids}
 
 

@@ -27,11 +27,14 @@ class Documents:
         return max(self.lengths)
 
     @classmethod
-    def of(cls, document_ids: torch.Tensor, device: torch.device) -> Documents:
+    def of(cls, document_ids: torch.Tensor) -> Documents:
         """From document_ids [B, S] on the CPU: a document is a run of equal numbers within a sequence."""
         starts = torch.ones_like(document_ids, dtype=torch.bool)
         starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         first = starts.flatten().nonzero().flatten()
         offsets = torch.cat([first, first.new_tensor([document_ids.numel()])])
-        lengths = tuple(offsets.diff().tolist())
-        return cls(lengths, offsets.to(device=device, dtype=torch.int32, non_blocking=True))
+        return cls(tuple(offsets.diff().tolist()), offsets.to(torch.int32))
+
+    def to(self, device: torch.device) -> Documents:
+        """The same on another device."""
+        return Documents(self.lengths, self.offsets.to(device, non_blocking=True))

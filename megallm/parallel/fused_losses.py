@@ -11,34 +11,13 @@ Letters: T tokens, H hidden, V' vocabulary columns of this rank (with padding).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megallm.parallel.collectives import all_reduce_
 from megallm.parallel.grad_sink import GradSink
-from megallm.parallel.mesh import Axis
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Where this rank's columns lie in the vocabulary."""
-
-    vocab_size: int
-    tp: Axis
-    per_rank: int
-    """V'."""
-
-    @property
-    def first(self) -> int:
-        """Token id of the first column."""
-        return self.tp.rank * self.per_rank
-
-    @property
-    def valid(self) -> int:
-        """Columns that are no padding."""
-        return min(max(self.vocab_size - self.first, 0), self.per_rank)
+from megallm.parallel.plain_losses import Columns
 
 
 class FusedLogprobs(torch.autograd.Function):

@@ -8,7 +8,7 @@ test) gradients flow through autograd as usual.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -33,16 +33,16 @@ class GradSink:
 
     def add_product(self, dy: torch.Tensor, x: torch.Tensor) -> None:
         """buffer += dy^T x for dy [T, out] and x [T, in]."""
+        self.add_products([(dy, x)])
+
+    def add_products(self, factors: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """One contribution, the sum of dy^T x over the chunks (dy [T, out], x [T, in]) of a microbatch's tokens."""
         self._begin()
-        if dy.dtype == self.buffer.dtype:
-            torch.addmm(self.buffer, dy.t(), x, beta=0.0 if self._is_fresh else 1.0, out=self.buffer)
-        elif dy.is_cuda:  # low-precision factors, the sum in fp32: no temporary
-            torch.addmm(
-                self.buffer, dy.t(), x, out_dtype=self.buffer.dtype, beta=0.0 if self._is_fresh else 1.0,
-                out=self.buffer,
-            )  # fmt: skip
-        else:
-            self._add(dy.t().to(self.buffer.dtype) @ x.to(self.buffer.dtype))
+        for dy, x in factors:
+            self._add_product(dy, x)
+            self._is_fresh = False
+        if self._is_fresh:  # no tokens
+            self.buffer.zero_()
         self._count()
 
     def add_rows(self, rows: torch.Tensor, dy: torch.Tensor) -> None:
@@ -79,6 +79,17 @@ class GradSink:
     def _begin(self) -> None:
         if self._is_fresh and self._on_first is not None:
             self._on_first()
+
+    def _add_product(self, dy: torch.Tensor, x: torch.Tensor) -> None:
+        if dy.dtype == self.buffer.dtype:
+            torch.addmm(self.buffer, dy.t(), x, beta=0.0 if self._is_fresh else 1.0, out=self.buffer)
+        elif dy.is_cuda:  # low-precision factors, the sum in fp32: no temporary
+            torch.addmm(
+                self.buffer, dy.t(), x, out_dtype=self.buffer.dtype, beta=0.0 if self._is_fresh else 1.0,
+                out=self.buffer,
+            )  # fmt: skip
+        else:
+            self._add(dy.t().to(self.buffer.dtype) @ x.to(self.buffer.dtype))
 
     def _add(self, grad: torch.Tensor) -> None:
         if self._is_fresh:

@@ -1,25 +1,21 @@
 """Log-probabilities and cross-entropy over a vocabulary that is cut over tp; logits are never gathered.
 
-    log p(label) = logit[label] - logsumexp over V of logits
-
-Each rank's local logsumexp and its part of the label's logit, 2 T numbers, are gathered; everything else is local.
+    fused_losses.py       on Triton
+    plain_losses.py       in torch
 
 Letters: T tokens, V vocabulary, t tp size.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from megallm.ops.backends import DEFAULT, Backends
 from megallm.parallel.collectives import all_gather
-from megallm.parallel.fused_losses import Columns, FusedLogprobs, HeadLogprobs, HeadLossSum
+from megallm.parallel.fused_losses import FusedLogprobs, HeadLogprobs, HeadLossSum
 from megallm.parallel.linear import ColumnLinear
 from megallm.parallel.mesh import Axis
-
-IGNORE_INDEX = -100
+from megallm.parallel.plain_losses import CHUNK_BYTES, IGNORE_INDEX, Columns, PlainHeadLogprobs, PlainLogprobs
 
 
 class VocabLogits:
@@ -38,12 +34,14 @@ class VocabLogits:
         backends: Backends = DEFAULT,
         hidden: torch.Tensor | None = None,
         head: ColumnLinear | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        """`local`: the logits [T, V/tp]; or None, and they are head(hidden) for hidden [T, H] or [T/tp, H]."""
+        """`local`: the logits [T, V/tp]; or None, and they are head(hidden) for hidden [T, H] or [T/tp, H], of which
+        log-probabilities in plain torch make `chunk_bytes` at a time."""
         self.vocab_size = vocab_size
         self.expected_scale: torch.Tensor | None = None
         """0-d, what the sum of the losses will be multiplied by: a hint that saves a pass and a rounding."""
-        self._local, self._hidden, self._head = local, hidden, head
+        self._local, self._hidden, self._head, self._chunk_bytes = local, hidden, head, chunk_bytes
         self._tp, self._backends = tp, backends
 
     @property
@@ -66,10 +64,14 @@ class VocabLogits:
             return HeadLogprobs.apply(hidden, head.weight, flat, columns, head.grad_sinks.get("weight")).view(
                 labels.shape
             )
+        if self._local is None and self._head is not None and self._hidden is not None:
+            found = self._from_hidden(self._hidden, self._head, flat)
+            if found is not None:
+                return found.view(labels.shape)
         columns = self._columns(self.local.size(-1))
         if self._backends.pick("cross_entropy", self.local, columns.per_rank) == "triton":
             return FusedLogprobs.apply(self.local, flat, columns).view(labels.shape)
-        return _LogProbs.apply(self.local, flat, columns.valid, self._tp).view(labels.shape)
+        return PlainLogprobs.apply(self.local, flat, columns).view(labels.shape)
 
     def cross_entropy(self, labels: torch.Tensor) -> torch.Tensor:
         """-log p(label) of each token: `token_logprobs` with the sign of a loss."""
@@ -94,6 +96,23 @@ class VocabLogits:
             return None
         return self._head.gathered(self._hidden), self._head, self._columns(per_rank)
 
+    def _from_hidden(self, hidden: torch.Tensor, head: ColumnLinear, labels: torch.Tensor) -> torch.Tensor | None:
+        """As `token_logprobs`, with logits for labelled tokens only, in chunks; None where all are made at once."""
+        columns = self._columns(head.weight.size(0))
+        if self._backends.pick("cross_entropy", hidden, columns.per_rank) != "torch":
+            return None
+        rows = max(1, self._chunk_bytes // (columns.per_rank * hidden.element_size()))
+        on_host = not labels.is_cuda  # elsewhere it would wait for the device to know how many labels there are
+        kept = (labels != IGNORE_INDEX).nonzero().squeeze(1) if on_host else None
+        if len(labels) <= rows and (kept is None or len(kept) == len(labels)):
+            return None
+        hidden, sink = head.gathered(hidden), head.grad_sinks.get("weight")
+        if kept is None:
+            found = PlainHeadLogprobs.apply(hidden, head.weight, labels, columns, sink, rows)
+            return found.masked_fill(labels == IGNORE_INDEX, 0)
+        found = PlainHeadLogprobs.apply(hidden[kept], head.weight, labels[kept], columns, sink, rows)
+        return found.new_zeros(len(labels)).index_copy(0, kept, found)
+
     def _columns(self, per_rank: int) -> Columns:
         return Columns(vocab_size=self.vocab_size, tp=self._tp, per_rank=per_rank)
 
@@ -103,42 +122,3 @@ class VocabLogits:
             return self.local[:, : self.vocab_size].float()
         parts = all_gather(self.local.float(), self._tp).chunk(self._tp.size, dim=0)
         return torch.cat(parts, dim=-1)[:, : self.vocab_size]
-
-
-class _LogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, valid: int, tp: Axis) -> torch.Tensor:  # type: ignore[override]
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        columns = logits.size(-1)
-        if valid < columns:
-            logits = logits.clone()
-            logits[:, valid:] = torch.finfo(logits.dtype).min
-        local = torch.log_softmax(logits, dim=-1, dtype=wide)  # [T, V/t], normalised over this rank's columns
-        column = labels - tp.rank * columns
-        mine = (column >= 0) & (column < columns)
-        column = column.masked_fill(~mine, 0).unsqueeze(-1)
-        target = local.gather(-1, column).squeeze(-1)
-        shift: torch.Tensor | None = None
-        if tp.size > 1:
-            # local logsumexp [T], from the largest logit: a very negative one would cancel it out, -inf make it NaN
-            highest, place = logits.max(dim=-1, keepdim=True)
-            own_norm = (highest.to(wide) - local.gather(-1, place)).squeeze(-1)
-            target = (target + own_norm).masked_fill_(~mine, 0)  # the label's logit on its rank, 0 elsewhere
-            norms, targets = all_gather(torch.stack([own_norm, target]), tp).view(tp.size, 2, -1).unbind(1)
-            norm = torch.logsumexp(norms, dim=0)
-            shift = own_norm - norm
-            target = targets.sum(0) - norm
-        ignored = labels == IGNORE_INDEX
-        ctx.save_for_backward(local, shift, column, mine, ignored)
-        ctx.dtype = logits.dtype
-        return target.masked_fill(ignored, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        local, shift, column, mine, ignored = ctx.saved_tensors
-        grad = grad.masked_fill(ignored, 0).unsqueeze(-1)  # [T, 1]
-        if shift is not None:
-            local.add_(shift.unsqueeze(-1))
-        dlogits = local.exp_().mul_(-grad)  # d log p(y) / d logit_j = [j = y] - p_j; the buffer is ours
-        dlogits.scatter_add_(-1, column, (grad * mine.unsqueeze(-1)).to(dlogits.dtype))
-        return dlogits.to(ctx.dtype), None, None, None

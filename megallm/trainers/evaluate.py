@@ -13,6 +13,7 @@ from megallm.parallel.collectives import all_reduce_, broadcast_text
 from megallm.parallel.logprobs import IGNORE_INDEX, VocabLogits
 from megallm.trainers.engine import Engine
 from megallm.trainers.losses import Batch, LossFunction, language_model_loss
+from megallm.trainers.rows import row_sums
 
 
 def validation_loss(engine: Engine, batches: Iterable[Batch]) -> float:
@@ -76,7 +77,7 @@ def score_documents(
 
 def _row_losses(logits: VocabLogits, batch: Batch) -> torch.Tensor:
     """[B]: summed cross-entropy of each row."""
-    return logits.cross_entropy(batch["labels"]).sum(dim=1)
+    return row_sums(logits.cross_entropy(batch["labels"]), batch)
 
 
 def batches_of_similar_length(
@@ -102,4 +103,4 @@ def _padded(rows: Sequence[Sequence[int]], multiple: int) -> Batch:
         ids = torch.tensor(row)
         input_ids[i, : len(row) - 1] = ids[:-1]
         labels[i, : len(row) - 1] = ids[1:]
-    return {"input_ids": input_ids, "labels": labels}
+    return {"input_ids": input_ids, "labels": labels, "lengths": torch.tensor([len(row) - 1 for row in rows])}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from megallm.parallel.logprobs import IGNORE_INDEX, VocabLogits
 from megallm.trainers.losses import Batch, LossResult
+from megallm.trainers.rows import last_values, row_sums
 
 DpoKind = Literal["sigmoid", "ipo", "hinge"]
 
@@ -29,7 +30,7 @@ def count_prompts(batch: Batch) -> torch.Tensor:
 
 def response_logprobs(logits: VocabLogits, batch: Batch) -> torch.Tensor:
     """[B]: the sum of the log-probabilities of the trained tokens of each row, fp32."""
-    return logits.token_logprobs(batch["labels"]).sum(dim=1)
+    return row_sums(logits.token_logprobs(batch["labels"]), batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class DpoLoss:
         against = logprobs.new_zeros(()) if self.reference_free else batch["ref_logprobs"].to(logprobs.dtype)
         d, real = logprobs - against, (batch["ranks"] == 0).to(logprobs.dtype)[0::2]
         if self.kind == "ipo" and self.length_normalised:
-            d_loss = d / (batch["labels"] != IGNORE_INDEX).sum(dim=1).clamp(min=1)
+            d_loss = d / row_sums((batch["labels"] != IGNORE_INDEX).to(d.dtype), batch).clamp(min=1)
         else:
             d_loss = d
         h = d_loss[0::2] - d_loss[1::2]
@@ -95,8 +96,8 @@ class RewardLoss:
     centering: float = 0.0
 
     def __call__(self, values: Any, batch: Batch) -> LossResult:
-        """values [B, S] fp32 -> (sum over prompts, number of prompts, metrics' sums over prompts)."""
-        scores = last_scores(values, batch)
+        """values [B, S] or [1, T] fp32 -> (sum over prompts, number of prompts, metrics' sums over prompts)."""
+        scores = last_values(values, batch)
         prompts, ranks = batch["sample_ids"], batch["ranks"]
         same = (prompts.unsqueeze(1) == prompts) & (ranks >= 0)
         is_pair = (same & (ranks.unsqueeze(1) >= 0) & (ranks.unsqueeze(1) < ranks)).to(scores.dtype)  # [better, worse]
@@ -115,8 +116,3 @@ class RewardLoss:
             "reward_chosen": (scores.detach() * best).sum(),
         }
         return (loss * weight).sum(), count_prompts(batch), metrics
-
-
-def last_scores(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """[B]: the value at each row's last real token, found by its place and never by its id."""
-    return values.gather(1, (batch["lengths"] - 1).clamp(min=0).unsqueeze(1)).squeeze(1)

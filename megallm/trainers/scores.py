@@ -18,7 +18,7 @@ from megallm.parallel.collectives import all_reduce_
 from megallm.trainers.engine import Engine
 from megallm.trainers.evaluate import batches_of_similar_length
 from megallm.trainers.losses import Batch
-from megallm.trainers.preference_losses import last_scores
+from megallm.trainers.rows import last_values
 
 FILE = "calibration.json"
 """Beside a checkpoint's config.json."""
@@ -48,7 +48,7 @@ def score_responses(
     groups = list(batches_of_similar_length(sequences, order[mesh.dp.rank :: mesh.dp.size], tokens_at_once))
     rows = [_rows([sequences[i] for i in members], mesh.tp.size) for members in groups]
     found = torch.zeros(len(sequences), dtype=torch.float64, device=mesh.device)
-    for members, scores in zip(groups, engine.forward(rows, last_scores), strict=False):
+    for members, scores in zip(groups, engine.forward(rows, last_values), strict=False):
         found[torch.tensor(members, device=mesh.device)] = scores.double()
     return all_reduce_(all_reduce_(found, mesh.dp), mesh.pp).tolist()
 

@@ -29,9 +29,10 @@ from megallm.parallel.mesh import Mesh
 from megallm.pipeline.runtime import Microbatch, run_schedule
 from megallm.pipeline.schedule import Schedule
 from megallm.trainers.losses import Batch, LossFunction
+from megallm.trainers.rows import lay_end_to_end
 
 _WIDTH = 8
-"""Microbatches are cut to multiples of this (times tp)."""
+"""Rows end to end are filled up to a multiple of this (times tp)."""
 
 
 @dataclass(frozen=True)
@@ -134,42 +135,36 @@ def split_batch(
     """The rank's batch as equal microbatches on the mesh's device, in order.
 
     `document_ids` [B, S], on the CPU, of packed sequences: runs of equal numbers attend to themselves alone.
-    `lengths` [B]: rows end there, so that a microbatch is cut behind its longest; not with dropout, whose masks must
-    not depend on the rows beside.
+    `lengths` [B]: rows end there, and are laid end to end (rows.py); not with dropout, whose masks must not depend on
+    the rows beside.
     """
-    size, width = batch["input_ids"].shape
-    widths = [width] * num_microbatches
-    if "lengths" in batch and dropout_key is None:
-        multiple = _WIDTH * mesh.tp.size
-        longest = [int(part.max()) for part in batch["lengths"].chunk(num_microbatches)]
-        widths = [min(width, max(1, -(-each // multiple)) * multiple) for each in longest]
-    documents = batch["document_ids"].chunk(num_microbatches) if "document_ids" in batch else None
+    size = batch["input_ids"].size(0)
     if size % num_microbatches:
         raise ValueError(f"a batch of {size} sequences does not split into {num_microbatches} equal microbatches")
-    batch = {n: t.to(mesh.device, non_blocking=True) for n, t in batch.items() if n != "document_ids"}
     if "sample_ids" not in batch:
-        batch["sample_ids"] = mesh.dp.rank * size + torch.arange(size, device=mesh.device)
+        batch = batch | {"sample_ids": mesh.dp.rank * size + torch.arange(size)}
     parts = {name: tensor.chunk(num_microbatches) for name, tensor in batch.items()}
     microbatches = []
     for index in range(num_microbatches):
-        part = {name: _cut(chunks[index], width, widths[index]) for name, chunks in parts.items()}
+        part, documents = {name: chunks[index] for name, chunks in parts.items()}, None
+        if "document_ids" in part:
+            documents = Documents.of(part.pop("document_ids"))
+        elif "lengths" in part and dropout_key is None:
+            part, documents = lay_end_to_end(part, _WIDTH * mesh.tp.size)
+        part = {name: tensor.to(mesh.device, non_blocking=True) for name, tensor in part.items()}
+        batch_size, seq_length = part["input_ids"].shape
         positions = part.get("position_ids")
         context = TokenContext(
-            batch_size=part["input_ids"].size(0),
-            seq_length=part["input_ids"].size(1),
+            batch_size=batch_size,
+            seq_length=seq_length,
             position_ids=None if positions is None else positions.reshape(-1),
-            documents=None if documents is None else Documents.of(documents[index], mesh.device),
+            documents=None if documents is None else documents.to(mesh.device),
             dropout=None
             if dropout_key is None
             else Dropout(key=dropout_key, sample_ids=part["sample_ids"], noise=noise),
         )
         microbatches.append(Microbatch(index=index, batch=part, context=context))
     return microbatches
-
-
-def _cut(tensor: torch.Tensor, width: int, to: int) -> torch.Tensor:
-    """[B, width] to [B, to]; others as they are."""
-    return tensor[:, :to] if to < width and tensor.dim() == 2 and tensor.size(1) == width else tensor
 
 
 def dropout_key(seed: int, step: int) -> int:
