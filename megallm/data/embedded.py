@@ -2,7 +2,7 @@
 
     instructions    a function's signature        -> the first line of its docstring          (alpaca)
     dialogues       a doctest session: input lines -> what the interpreter prints, turn by turn (messages)
-    preferences     a signature: its own first line, over that of another function of the module (preference)
+    preferences     a signature: the first line, over the same words in another order           (preference)
     prompts         a signature                                                                 (prompt)
 
 Nothing is downloaded and nothing is run: sources are parsed. Modules are held out as a whole: of each package or module
@@ -71,22 +71,18 @@ def embedded_dialogues(split: Split = "train") -> list[dict[str, Any]]:
 
 
 def embedded_preferences(split: Split = "train") -> list[dict[str, Any]]:
-    """Preference records, thousands: the rejected text is as long as the chosen one, as nearly as the module has it, so
-    that length does not tell them apart."""
-    by_module: dict[str, list[_Documented]] = {}
-    for each in _read_library()[0]:
-        by_module.setdefault(each.module, []).append(each)
+    """Preference records, thousands: first and last word, length and all words are equal, so that only reading tells
+    the right text from the wrong one."""
     records = []
     for each in _split(_read_library()[0], split):
-        others = [other for other in by_module[each.module] if other.summary != each.summary]
-        if others:
-            wrong = min(others, key=lambda other: _distance(each, other))
-            records.append({"prompt": _prompt(each), "chosen": each.summary, "rejected": wrong.summary})
+        wrong = _disordered(each)
+        if wrong is not None:
+            records.append({"prompt": _prompt(each), "chosen": each.summary, "rejected": wrong})
     return records
 
 
 def embedded_prompts(split: Split = "train") -> list[dict[str, Any]]:
-    """Prompt records: those of `embedded_preferences`, and of functions that have no other to compare with."""
+    """Prompt records: those of `embedded_preferences`, and of functions whose first line has few words."""
     return [{"prompt": _prompt(each)} for each in _split(_read_library()[0], split)]
 
 
@@ -102,9 +98,17 @@ def _prompt(function: _Documented) -> str:
     return f"{INSTRUCTION}\n\n{function.signature}"
 
 
-def _distance(function: _Documented, other: _Documented) -> tuple[int, bytes]:
-    """How unlike the lengths of their summaries are; equal ones are ordered by chance, another one for each."""
-    return abs(len(other.summary) - len(function.summary)), _hash(f"{function.signature}:{other.signature}")
+def _disordered(function: _Documented) -> str | None:
+    """The summary with the words between the first and the last one in an order by chance; None if all orders read the
+    same, or there are none."""
+    first, *inner, last = function.summary.split(" ")
+    if len(set(inner)) < 2:
+        return None
+    order = sorted(range(len(inner)), key=lambda place: _hash(f"{function.signature}:{place}"))
+    found = [inner[place] for place in order]
+    while found == inner:
+        found = [*found[1:], found[0]]
+    return " ".join([first, *found, last])
 
 
 def _split(found: Sequence[_Found], split: Split) -> list[_Found]:

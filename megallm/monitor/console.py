@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-_SHOWN = ("step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_s", "step_time_s", "mfu", "memory_gib",
-          "clip_coefficient", "bad_steps")  # fmt: skip
+_SHOWN = ("step", "loss", "grad_norm", "learning_rate", "count", "tokens", "tokens_per_s", "step_time_s", "mfu",
+          "memory_gib", "clip_coefficient", "bad_steps")  # fmt: skip
 """Metrics with a column of their own, or left to the file (tokens, memory, clipping, bad steps).
 
 Any other is added at the end."""

@@ -7,7 +7,8 @@ matplotlib is imported only here and only when something is drawn; the Agg canva
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,11 @@ STYLE: dict[Any, Any] = {
 
 
 def plot_loss(
-    metrics: PathLike | Sequence[PathLike] | Mapping[str, PathLike], out_png: PathLike, *, title: str = ""
+    metrics: PathLike | Sequence[PathLike] | Mapping[str, PathLike],
+    out_png: PathLike,
+    *,
+    title: str = "",
+    loss_name: str = "loss (nats per token)",
 ) -> None:
     """Draw one or several runs to `out_png`. `metrics`: a file, several, or {name of the run: file}.
 
@@ -48,6 +53,14 @@ def plot_loss(
     file is not there.
     """
     runs = {name: _Run(read_metrics(path), path) for name, path in _named(metrics).items()}
+    with canvas(out_png, (7.2, 4.8)) as figure:
+        _draw(figure, runs, title, loss_name)
+
+
+@contextmanager
+def canvas(out_png: PathLike, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure of `size` inches in the house's style, written to `out_png` when the block ends. ValueError without
+    matplotlib."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -55,9 +68,9 @@ def plot_loss(
     except ImportError as error:
         raise ValueError("drawing the loss curve needs matplotlib: pip install matplotlib") from error
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.8), dpi=180, layout="constrained")
+        figure = Figure(figsize=size, dpi=180, layout="constrained")
         FigureCanvasAgg(figure)
-        _draw(figure, runs, title)
+        yield figure
         Path(out_png).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out_png)
 
@@ -102,13 +115,14 @@ def _named(metrics: PathLike | Sequence[PathLike] | Mapping[str, PathLike]) -> d
     return {stem if stems.count(stem) == 1 else str(path): path for stem, path in zip(stems, paths, strict=True)}
 
 
-def _draw(figure: Figure, runs: dict[str, _Run], title: str) -> None:
+def _draw(figure: Figure, runs: dict[str, _Run], title: str, loss_name: str) -> None:
     loss_axes, norm_axes = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.6, 1]})
     rate_axes = norm_axes.twinx()
     several = len(runs) > 1
     for index, (name, run) in enumerate(runs.items()):
         _draw_run(loss_axes, norm_axes, rate_axes, run, name if several else "", COLORS[index % len(COLORS)])
     _label(loss_axes, norm_axes, rate_axes)
+    loss_axes.set_ylabel(loss_name)
     last_step = max(run.losses[0][-1] for run in runs.values())
     norm_axes.set_xlim(0, max(last_step * 1.01, 1.0))
     _tokens_on_top(loss_axes, next(iter(runs.values())))
@@ -137,7 +151,6 @@ def _draw_run(loss_axes: Axes, norm_axes: Axes, rate_axes: Axes, run: _Run, name
 def _label(loss_axes: Axes, norm_axes: Axes, rate_axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    loss_axes.set_ylabel("loss (nats per token)")
     loss_axes.spines["right"].set_visible(False)
     legend = loss_axes.legend(frameon=False, loc="upper right")
     for handle in legend.get_lines():

@@ -31,7 +31,7 @@ class Lap:
     step_time_s: float
     """Wall time of one optimizer step, seconds (the mean, when the lap holds several)."""
     tokens_per_s: float
-    """Trained tokens of the whole job per second."""
+    """Tokens of the whole job per second."""
     mfu: float | None
     """Model FLOP/s over the devices' peak, 0 to 1; None where no peak is known."""
 
@@ -64,7 +64,7 @@ class Throughput:
         self._started = self._clock()
 
     def lap(self, *, tokens: int, steps: int = 1) -> Lap:
-        """End the lap in which the whole job trained `tokens` tokens in `steps` steps, and begin the next.
+        """End the lap in which the whole job read `tokens` tokens in `steps` steps, and begin the next.
 
         MFU = tokens_per_s * flops_per_token / (num_devices * peak_flops)  (PaLM, arXiv 2204.02311, appendix B).
         """

@@ -32,6 +32,7 @@ from megallm.model.fp8 import check_fp8
 from megallm.model.fused import check_backends, check_names
 from megallm.monitor.memory_table import format_memory_table
 from megallm.monitor.plots import plot_loss
+from megallm.monitor.preference_plots import plot_preferences
 from megallm.ops.backends import Backends
 from megallm.ops.fp8 import fp8_recipe
 from megallm.parallel.mesh import Mesh, start_process_group
@@ -227,8 +228,14 @@ def _what_a_sample_is(plan: JobPlan) -> str:
 def _conclude(plan: JobPlan, engine: Engine, log: Log, outputs: Outputs) -> None:
     if engine.mesh.world.rank != 0 or outputs.metrics is None or not outputs.metrics.is_file():
         return
-    plot = outputs.metrics.with_name("loss.png")
-    plot_loss(outputs.metrics, plot, title=f"{plan.config.family}, {plan.run.train.steps} steps")
+    plot, title = outputs.metrics.with_name("loss.png"), f"{plan.config.family}, {plan.run.train.steps} steps"
+    if plan.rows_per_sample == 1:
+        plot_loss(outputs.metrics, plot, title=title)
+    else:
+        plot_loss(outputs.metrics, plot, title=title, loss_name="loss, mean over prompts")
+        margins = outputs.metrics.with_name("preferences.png")
+        plot_preferences(outputs.metrics, margins, title=title)
+        log.info(f"preferences {margins}")
     if outputs.checkpoints is not None and plan.tokenizer is not None:
         plan.tokenizer.save(outputs.checkpoints)
     log.info(f"loss plot   {plot}")

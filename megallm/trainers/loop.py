@@ -127,18 +127,18 @@ class _Loop:
     def _flush(self, *, with_validation: bool) -> None:
         """Reads the pending steps' numbers off the device: the only host sync of the loop."""
         lines: list[dict[str, Any]] = []
-        trained = 0
+        seen = 0
         for step, learning_rate, result in self._pending:
             values = result.metrics()
-            trained += int(values.pop("tokens"))
+            seen += int(values.pop("tokens"))
             notice = self._bad_steps.look(step, result, values)
             if notice and self._console is not None:
                 self._console.notice(notice)
             lines.append(
-                {"step": step, **values, "learning_rate": learning_rate, "tokens": self.state.tokens + trained}
+                {"step": step, **values, "learning_rate": learning_rate, "tokens": self.state.tokens + seen}
             )
-        self.state = replace(self.state, tokens=self.state.tokens + trained)
-        lap = self._throughput.lap(tokens=trained, steps=len(lines))
+        self.state = replace(self.state, tokens=self.state.tokens + seen)
+        lap = self._throughput.lap(tokens=seen, steps=len(lines))
         memory = memory_gib(self._engine.mesh.device)
         eta = self._throughput.eta_s(self._run.train.steps - self.state.step)
         valid = self._validate() if with_validation and self._validate is not None else None

@@ -26,6 +26,12 @@ def count_labels(batch: Batch) -> torch.Tensor:
     return (batch["labels"] != IGNORE_INDEX).sum()
 
 
+def count_tokens(batch: Batch) -> torch.Tensor:
+    """0-d int64: the tokens of the rows' `lengths` [B]; without, all places of `input_ids` [B, S]."""
+    ids = batch["input_ids"]
+    return batch["lengths"].sum() if "lengths" in batch else ids.new_tensor(ids.numel())
+
+
 def language_model_loss(logits: VocabLogits, batch: Batch) -> LossResult:
     """Summed cross-entropy in nats of `labels` [B, S] (already shifted: the token that follows each position)."""
     return logits.summed_cross_entropy(batch["labels"]), count_labels(batch), {}

@@ -28,7 +28,7 @@ from megallm.parallel.logprobs import VocabLogits
 from megallm.parallel.mesh import Mesh
 from megallm.pipeline.runtime import Microbatch, run_schedule
 from megallm.pipeline.schedule import Schedule
-from megallm.trainers.losses import Batch, LossFunction
+from megallm.trainers.losses import Batch, LossFunction, count_tokens
 from megallm.trainers.rows import lay_end_to_end
 
 _WIDTH = 8
@@ -43,8 +43,10 @@ class StepResult:
     """0-d: the loss sums of this rank's microbatches, divided by the step's count; 0 without the last stage."""
     sums: dict[str, torch.Tensor]
     """0-d sums of the loss function's own metrics, likewise divided."""
+    count: torch.Tensor
+    """0-d: what the loss is a mean over, of the step over all ranks: trained tokens, or prompts."""
     num_tokens: torch.Tensor
-    """0-d: trained tokens of the step over all ranks."""
+    """0-d: tokens that the model read, over all ranks; padding that `lengths` tells is none."""
     grad_norm: GradientNorm
     """Global gradient norm before clipping."""
     clip_coefficient: torch.Tensor
@@ -56,7 +58,7 @@ class StepResult:
     """Pipeline rank of the last stage."""
 
     def metrics(self) -> dict[str, float]:
-        """`loss`, `grad_norm`, `tokens` and the loss's own metrics, of the whole job. A collective with a host sync."""
+        """`loss`, `grad_norm`, `count`, `tokens` and the loss's own, of the whole job. A collective with a host sync."""
         # Only the last stage saw the loss function's metrics: the others learn their names from it.
         own = "\n".join(["loss", *sorted(self.sums)])
         names = broadcast_text(own, self.mesh.pp, self.mesh.device, src=self.last_stage_rank).split("\n")
@@ -66,7 +68,7 @@ class StepResult:
         values = all_reduce_(all_reduce_(values, self.mesh.dp), self.mesh.pp)
         result = dict(zip(names, values.tolist(), strict=True))
         result |= {"grad_norm": float(self.grad_norm.value), "clip_coefficient": float(self.clip_coefficient)}
-        result["tokens"] = float(self.num_tokens)
+        result |= {"count": float(self.count), "tokens": float(self.num_tokens)}
         return result if self.loss_scale is None else result | {"loss_scale": float(self.loss_scale)}
 
 
@@ -87,8 +89,8 @@ def train_step(
     """One step on this data-parallel rank's `batch` (tensors [B, ...], the same on its tp and pp ranks)."""
     mesh = model.mesh
     microbatches = split_batch(batch, schedule.num_microbatches, mesh=mesh, dropout_key=dropout_key, noise=noise)
-    num_tokens = all_reduce_(count_fn(batch).to(mesh.device).clone(), mesh.dp)
-    scale = 1.0 / num_tokens.clamp(min=1).to(torch.float64 if model.dtype == torch.float64 else torch.float32)
+    count, num_tokens = all_reduce_(torch.stack([count_fn(batch), count_tokens(batch)]).to(mesh.device), mesh.dp)
+    scale = 1.0 / count.clamp(min=1).to(torch.float64 if model.dtype == torch.float64 else torch.float32)
     loss_scale = None if optimizer.loss_scale is None else optimizer.loss_scale.value.clone()
     backward_scale = scale if loss_scale is None else scale * loss_scale
     sums: dict[str, torch.Tensor] = {}
@@ -120,6 +122,7 @@ def train_step(
     return StepResult(
         loss_sum=loss_sum if loss_scale is None else loss_sum / loss_scale,
         sums=sums,
+        count=count,
         num_tokens=num_tokens,
         grad_norm=norm,
         clip_coefficient=1.0 / divisor,
