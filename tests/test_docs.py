@@ -67,7 +67,10 @@ def load(path: Path) -> Any:
 
 MAKE_COMMANDS = load(ROOT / "docs" / "make_commands.py")
 FIRST = "python examples/pretrain_gpt.py --data books.txt --save runs/first"
-BEFORE = {"checkpoints.md": [FIRST, "megallm export runs/first hf/books"], "finetuning.md": [FIRST], "lora.md": [FIRST]}
+BEFORE = {
+    "checkpoints.md": [FIRST, "megallm export runs/first hf/books"],
+    **{page: [FIRST] for page in ("finetuning.md", "lora.md", "rlaif.md")},
+}
 """What a page takes for granted."""
 SMALL = (
     "--warmup-steps 0 --seq-length 16 --global-batch-size 4 --micro-batch-size 2 --eval-every 0 --eval-sequences 4 "
@@ -143,7 +146,8 @@ def write_inputs(folder: Path, page: Path) -> None:
     turns = [("user", "What is it?"), ("assistant", "A voyage.")]
     chats = [{"messages": [{"role": role, "content": f"{text} {i}"} for role, text in turns]} for i in range(24)]
     pairs = [{"prompt": f"Day {i}?", "chosen": "The sea is calm.", "rejected": f"No {i}."} for i in range(24)]
-    for name, rows in (("chats", chats), ("preferences", pairs)):
+    prompts = [{"prompt": f"Day {i}?"} for i in range(4)]
+    for name, rows in (("chats", chats), ("preferences", pairs), ("prompts", prompts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = re.search(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     (folder / "books.yaml").write_text(settings[1] if settings else "")

@@ -23,9 +23,9 @@ from megallm.trainers.engine import DTYPES, Engine
 from megallm.trainers.source import ModelSource, open_model
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--model and the layout."""
-    parser.add_argument("--model", required=True, help="a Hugging Face model directory, or a checkpoint of ours")
+    parser.add_argument("--model", required=required, help="a Hugging Face model directory, or a checkpoint of ours")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
     parser.add_argument("--virtual-stages", type=int, default=1, help="model chunks per pipeline rank")

@@ -17,13 +17,15 @@ COMMANDS = {
     "export": "write a checkpoint as a Hugging Face directory",
     "eval": "mean negative log-likelihood of documents under a model",
     "score": "what a reward model thinks of responses",
+    "judge": "preferences and revisions by a model with a written constitution",
+    "self-instruct": "new instructions with answers, from a few seed tasks",
     "generate": "continue prompts with a model",
     "schedule": "show a pipeline schedule as text or picture, with its bubble",
     "memory": "what ZeRO and offload leave on a device, and how large a model may get",
     "presets": "list the model shapes that --model knows by name",
     "doctor": "show this machine, and which back end each fused operation runs on",
 }
-_MODULES = {"eval": "evaluate"}
+_MODULES = {"eval": "evaluate", "self-instruct": "self_instruct"}
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="megallm",
         description="Train large language models on any 3D layout of ranks.",
-        epilog="commands:\n" + "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:13} {what}" for name, what in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")

@@ -15,5 +15,8 @@ Fine-tuning: rows of files to conversations, comparisons and prompts, to ids wit
       -> samples, packed or padded     finetune.py, packing.py
       -> batches of this dp rank       loader.py
 
+Data that a model makes: judged.py, constitution.py, chat_model.py (preferences, revisions); self_instruct.py,
+seed_tasks.py, rouge.py (instructions). They are text; who runs the model is trainers/ and cli/.
+
 The order of the samples is a function of (seed, number of samples consumed) and of nothing else.
 """

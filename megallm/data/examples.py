@@ -148,7 +148,7 @@ def prompt_ids(
         texts = []
         for messages in batch:
             try:
-                texts.append(_prompt_text(messages, tokenizer, template))
+                texts.append(prompt_text(messages, tokenizer, template))
             except (Unusable, TemplateRefusal) as reason:
                 dropped.add(str(reason))
         lead = np.array(leading_marks(tokenizer) if template is None else (), dtype=np.int32)
@@ -160,6 +160,14 @@ def prompt_ids(
                 made.append(ids)
     dropped.require(len(made), "prompt")
     return made, dropped
+
+
+def prompt_text(messages: Messages, tokenizer: Tokenizer, template: ChatTemplate | None) -> str:
+    """The text that an answer is generated after. Unusable if a message holds a special token."""
+    if template is None:
+        return text_source((*messages, Message("assistant", "-")), tokenizer).prompt
+    _check_marks(messages, tokenizer, template)
+    return template.render(messages, add_generation_prompt=True)
 
 
 def fit(example: Example, max_length: int, *, overflow: Overflow = "truncate", where: str = "") -> Example:
@@ -220,13 +228,6 @@ def ended(example: Example) -> Example:
     of a generated one."""
     end = int(np.flatnonzero(example.is_trained)[-1]) + 1 if example.is_trained.any() else len(example)
     return replace(example, input_ids=example.input_ids[:end], is_trained=example.is_trained[:end])
-
-
-def _prompt_text(messages: Messages, tokenizer: Tokenizer, template: ChatTemplate | None) -> str:
-    if template is None:
-        return text_source((*messages, Message("assistant", "-")), tokenizer).prompt
-    _check_marks(messages, tokenizer, template)
-    return template.render(messages, add_generation_prompt=True)
 
 
 def _check_marks(messages: Messages, tokenizer: Tokenizer, template: ChatTemplate) -> None:

@@ -45,10 +45,15 @@ def validation_metrics(engine: Engine, batches: Iterable[Batch], loss_fn: LossFu
 
 
 def score_documents(
-    engine: Engine, documents: Sequence[Sequence[int]], *, tokens_at_once: int = 4096
+    engine: Engine,
+    documents: Sequence[Sequence[int]],
+    *,
+    starts: Sequence[int] | None = None,
+    tokens_at_once: int = 4096,
 ) -> list[tuple[float, int]]:
     """(summed negative log-likelihood in nats, scored tokens) of each document, each token given those before it.
 
+    starts: the first token of each document that is scored, at least 1; None = 1 everywhere.
     Every document is alone in its row, so nothing else can influence it. dp ranks share the documents; the result is
     on every rank. A collective.
     """
@@ -66,13 +71,19 @@ def score_documents(
     order = sorted((i for i, ids in enumerate(documents) if len(ids) > 1), key=lambda i: len(documents[i]))
     own = order[mesh.dp.rank :: mesh.dp.size]
     groups = batches_of_similar_length(documents, own, tokens_at_once)
-    rows = [(members, _padded([documents[i] for i in members], mesh.tp.size)) for members in groups]
+    first = [1] * len(documents) if starts is None else starts
+    rows = [
+        (members, _padded([documents[i] for i in members], [first[i] for i in members], mesh.tp.size))
+        for members in groups
+    ]
     sums = torch.zeros(len(documents), dtype=torch.float64, device=mesh.device)
     results = engine.forward([batch for _, batch in rows], _row_losses)
     for (members, _), losses in zip(rows, results, strict=False):
         sums[torch.tensor(members, device=mesh.device)] = losses[: len(members)].double()
     all_reduce_(all_reduce_(sums, mesh.dp), mesh.pp)
-    return [(total, max(len(ids) - 1, 0)) for total, ids in zip(sums.tolist(), documents, strict=True)]
+    return [
+        (total, max(len(ids) - start, 0)) for total, ids, start in zip(sums.tolist(), documents, first, strict=True)
+    ]
 
 
 def _row_losses(logits: VocabLogits, batch: Batch) -> torch.Tensor:
@@ -94,7 +105,7 @@ def batches_of_similar_length(
         yield members
 
 
-def _padded(rows: Sequence[Sequence[int]], multiple: int) -> Batch:
+def _padded(rows: Sequence[Sequence[int]], starts: Sequence[int], multiple: int) -> Batch:
     longest = max(len(row) for row in rows) - 1
     width = longest + -longest % multiple
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -102,5 +113,5 @@ def _padded(rows: Sequence[Sequence[int]], multiple: int) -> Batch:
     for i, row in enumerate(rows):
         ids = torch.tensor(row)
         input_ids[i, : len(row) - 1] = ids[:-1]
-        labels[i, : len(row) - 1] = ids[1:]
+        labels[i, starts[i] - 1 : len(row) - 1] = ids[starts[i] :]
     return {"input_ids": input_ids, "labels": labels, "lengths": torch.tensor([len(row) - 1 for row in rows])}

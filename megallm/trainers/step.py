@@ -58,7 +58,7 @@ class StepResult:
     """Pipeline rank of the last stage."""
 
     def metrics(self) -> dict[str, float]:
-        """`loss`, `grad_norm`, `count`, `tokens` and the loss's own, of the whole job. A collective with a host sync."""
+        """`loss`, `grad_norm`, `count`, `tokens` and the loss's own, of the whole job. A collective, and waits."""
         # Only the last stage saw the loss function's metrics: the others learn their names from it.
         own = "\n".join(["loss", *sorted(self.sums)])
         names = broadcast_text(own, self.mesh.pp, self.mesh.device, src=self.last_stage_rank).split("\n")
