@@ -109,6 +109,8 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_stopped(
     assert (tmp_path / "whole" / "loss.png").is_file() and (tmp_path / "whole" / "tokenizer.json").is_file()
     if name != "sft":
         assert 0.0 <= whole[-1]["valid_reward_accuracy"] <= 1.0 and "reward_margin" in whole[0]
+    pictures = {"sft": set(), "dpo": {"preferences.png"}, "reward": {"preferences.png", "calibration.png"}}
+    assert {each.name for each in (tmp_path / "whole").glob("*.png")} == pictures[name] | {"loss.png"}
     weights, others = (dict(read_full_tensors(latest(tmp_path / each))) for each in ("whole", "parts"))
     assert weights.keys() == others.keys()
     for tensor_name, tensor in weights.items():

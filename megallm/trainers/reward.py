@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from megallm.checkpoint import sharded
 from megallm.config.check_finetune import check_reward
 from megallm.config.finetune import RewardConfig
 from megallm.data.finetune import PairDataset
+from megallm.monitor.preference_plots import calibration_error, plot_calibration
 from megallm.runtime.environment import LaunchInfo
 from megallm.runtime.logging import Log
 from megallm.trainers.engine import Engine
 from megallm.trainers.finetune import FinetunePlan, batches, plan_comparisons, validate_with
 from megallm.trainers.job import run_job
 from megallm.trainers.preference_losses import RewardLoss, count_prompts
-from megallm.trainers.scores import calibrate, write_calibration
+from megallm.trainers.scores import calibrate, score_responses, write_calibration
 
 _CALIBRATED_ON = 256
 """Prompts whose best response is scored."""
+_JUDGED_ON = 1000
+"""Held-out prompts whose responses are compared at the end."""
 
 
 def plan(
@@ -41,6 +46,8 @@ def train(plan: FinetunePlan[PairDataset], info: LaunchInfo, device: torch.devic
     )  # fmt: skip
     if run.reward.calibrate and run.checkpoint.save is not None:
         _calibrate(plan, engine, run.checkpoint.save, Log(info.rank))
+    if plan.data.valid is not None and run.checkpoint.save is not None:
+        _draw_calibration(plan.data.valid, engine, Path(run.checkpoint.save) / "calibration.png", Log(info.rank))
     return engine
 
 
@@ -52,3 +59,16 @@ def _calibrate(plan: FinetunePlan[PairDataset], engine: Engine, directory: str, 
     if engine.mesh.world.rank == 0 and checkpoint is not None:
         write_calibration(checkpoint, found)
     log.info(f"calibration {found.responses} good responses score {found.mean:.4f} on average, std {found.std:.4f}")
+
+
+def _draw_calibration(valid: PairDataset, engine: Engine, picture: Path, log: Log) -> None:
+    """Shows how far differences of scores can be believed, on held-out pairs."""
+    pairs = valid.comparisons(_JUDGED_ON)
+    scores = score_responses(engine, [ids for pair in pairs for ids in pair])
+    differences = [better - worse for better, worse in zip(scores[0::2], scores[1::2], strict=True)]
+    if engine.mesh.world.rank == 0:
+        plot_calibration(differences, picture, title=f"{len(pairs)} held-out pairs")
+    accuracy = sum(each > 0 for each in differences) / len(pairs)
+    error = calibration_error(differences)
+    log.info(f"held out    {len(pairs)} pairs: {accuracy:.1%} in the right order, calibration error {error:.3f}")
+    log.info(f"calibration {picture}")
