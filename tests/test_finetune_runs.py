@@ -92,6 +92,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
         ("reward", "pairs", ["--lora-rank", "2", "--lora-targets", "q_proj", "v_proj"]),
         ("dpo", "pairs", ["--lora-rank", "4", "--reference", "live"]),
         ("dpo", "pairs", ["--lora-rank", "4", "--lora-rslora"]),
+        ("sft", "chats", ["--lora-rank", "4", "--lora-base", "nf4", "--offload", "optimizer"]),
+        ("dpo", "pairs", ["--lora-rank", "2", "--lora-base", "nf4", "--no-lora-double-quant", "--reference", "live"]),
     ],
 )
 def test_a_run_leaves_its_files_and_goes_on_where_it_stopped(
@@ -186,6 +188,7 @@ def test_four_ranks_train_and_leave_what_one_rank_resumes(
         ("dpo", ["--data", "{pairs}", "--dpo-loss", "ipo", "--label-smoothing", "0.1"], "with dpo_loss ipo"),
         ("dpo", ["--data", "{pairs}", "--ipo-sums"], "ipo_sums with dpo_loss sigmoid"),
         ("reward", ["--data", "{chats}"], "preferences are needed"),
+        ("sft", ["--data", "{chats}", "--lora-base", "nf4"], "lora_base nf4 with lora_rank 0"),
         ("sft", ["--data", "{chats}", "--lora-rank", "-1"], "lora_rank (-1) must be at least 1, or 0 for no adapters"),
         ("sft", ["--data", "{chats}", "--lora-rank", "2", "--lora-targets", "lm_head"], "this model has no lm_head"),
         ("reward", ["--data", "{pairs}", "--centering", "-1"], "centering (-1.0) must be 0 or more"),

@@ -16,7 +16,8 @@ from typing import Literal
 
 import torch
 
-from megallm.checkpoint.slices import SliceFiles, TensorSlice
+from megallm.checkpoint.nf4 import CodedFiles
+from megallm.checkpoint.slices import TensorSlice
 from megallm.config.lora import LoraConfig, lora_targets
 from megallm.config.model import ModelConfig
 from megallm.config.serialize import from_plain
@@ -31,10 +32,10 @@ def read_lora_config(directory: str | Path) -> LoraConfig | None:
     return None if plain is None else from_plain(LoraConfig, plain)
 
 
-def open_weights(directory: Path, *, keep_adapters: bool) -> SliceFiles:
-    """The weights of a checkpoint, with its adapters beside them or else added to them."""
+def open_weights(directory: Path, *, keep_adapters: bool) -> CodedFiles:
+    """The weights of a checkpoint, dense, with its adapters beside them or else added to them."""
     lora = read_lora_config(directory)
-    return SliceFiles(directory / "model") if keep_adapters or lora is None else MergedFiles(directory / "model", lora)
+    return CodedFiles(directory / "model") if keep_adapters or lora is None else MergedFiles(directory / "model", lora)
 
 
 def check_adapters(directory: Path, model: Transformer, *, weights_only: bool) -> None:
@@ -52,6 +53,11 @@ def check_adapters(directory: Path, model: Transformer, *, weights_only: bool) -
         )
     if saved is None or own is None:
         return
+    if not weights_only and _base(saved) != _base(own):
+        raise ValueError(
+            f"checkpoint {directory} has adapters beside {_base(saved)}, this model beside {_base(own)}: give the "
+            "same, or load it as weights only (--model), to go on beside other frozen weights"
+        )
     if described(saved, model.config) != described(own, model.config):
         raise ValueError(
             f"checkpoint {directory} has adapters with {described(saved, model.config)}, this model with "
@@ -79,7 +85,13 @@ def described(lora: LoraConfig, model: ModelConfig) -> str:
     )
 
 
-class MergedFiles(SliceFiles):
+def _base(lora: LoraConfig) -> str:
+    if not lora.is_nf4:
+        return "weights in the model's dtype (lora_base model)"
+    return f"weights in 4 bits (lora_base nf4, lora_double_quant {str(lora.lora_double_quant).lower()})"
+
+
+class MergedFiles(CodedFiles):
     """Weights with adapters, read as W + s B A: added in fp32, and rounded once to the dtype of what is filled."""
 
     def __init__(self, directory: Path, lora: LoraConfig) -> None:

@@ -6,8 +6,9 @@
         model/shard-00001.safetensors           a rank's slices of the weights, by global name and offset
         optimizer/shard-00001.safetensors       `exp_avg.NAME`, `exp_avg_sq.NAME`, `master.NAME` likewise
 
-A slice held by several ranks is written by one. A rank that loads reads just the overlap of its slices with what any
-rank had written. Storage is safetensors with JSON headers (slices.py): nothing is unpickled.
+Weights in 4 bits are stored as such (nf4.py). A slice held by several ranks is written by one. A rank that loads reads
+just the overlap of its slices with what any rank had written. Storage is safetensors with JSON headers (slices.py):
+nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from megallm.checkpoint.adapters import check_adapters, names_of, open_weights, read_lora_config
+from megallm.checkpoint.nf4 import CodedFiles, code_slices
 from megallm.checkpoint.slices import SliceFiles, TensorSlice, write_slices
 from megallm.config.model import ModelConfig
 from megallm.config.serialize import from_plain, to_plain
@@ -75,7 +77,7 @@ def save(
         lora = {} if model.lora is None else {"lora": to_plain(model.lora)}
         _write_json(partial / "config.json", {"model": to_plain(model.config)} | lora | {"run": run_config or {}})
     barrier(mesh.world, mesh.device)
-    _save_part(partial / "model", weight_slices(model, flat), model)
+    _save_part(partial / "model", [*weight_slices(model, flat), *code_slices(model)], model)
     if optimizer is not None:
         moments = [
             each
@@ -124,6 +126,7 @@ def load(
     for each in weight_slices(model, flat):
         if each.name not in kept:
             weights.fill(each)
+    _fill_quantized(model, weights)
     if optimizer is not None:
         stored, state = SliceFiles(directory / "optimizer"), optimizer.state()
         if not stored.shapes and not values.get("optimizer"):
@@ -179,19 +182,38 @@ def read_full_tensors(directory: str | Path) -> Iterator[tuple[str, torch.Tensor
 
 
 def weight_slices(model: Transformer, flat: FlatParameters | None, *, prefix: str = "") -> list[TensorSlice]:
-    """What this rank holds of the weights: its shards at ZeRO stage 3, else whole local parameters."""
+    """What this rank holds of the weights but those in 4 bits: its shards at ZeRO stage 3, else whole parameters."""
     if flat is not None:
         flat.settle()
-    if flat is None or flat.zero < 3:
-        is_owner = model.mesh.dp.rank == 0
-        whole = [StatePart(name, 0, p.data.view(-1)) for name, p in model.named_parameters()]
-        return _part_slices(model, whole, prefix=prefix, is_owner=is_owner)
+    in_shards = set() if flat is None or flat.zero < 3 else set(flat.parameters)
+    whole = [
+        StatePart(name, 0, p.data.view(-1))
+        for name, p in model.named_parameters()
+        if name not in in_shards and name not in model.quantized
+    ]
+    slices = _part_slices(model, whole, prefix=prefix, is_owner=model.mesh.dp.rank == 0)
+    if flat is None or not in_shards:
+        return slices
     shards = [
         StatePart(slot.name, start, each.shard[at : at + stop - start])
         for each in flat.buckets
         for slot, start, stop, at in each.parts()
     ]
-    return _part_slices(model, shards, prefix=prefix, is_owner=_writes_shards(model, flat))
+    return slices + _part_slices(model, shards, prefix=prefix, is_owner=_writes_shards(model, flat))
+
+
+def _fill_quantized(model: Transformer, weights: CodedFiles) -> None:
+    """Weights in 4 bits, taken over as they are stored, or quantised from what is. A collective over tp."""
+    codes = code_slices(model)
+    if weights.holds(codes):
+        for each in codes:
+            weights.fill_stored(each)
+        return
+    for name, held in model.quantized.items():
+        for _ in held.refill():
+            dense = [StatePart(name, 0, held.parameter.data.view(-1))]
+            for each in _part_slices(model, dense, prefix="", is_owner=False):
+                weights.fill(each)
 
 
 def _writes_shards(model: Transformer, flat: FlatParameters | None) -> bool:

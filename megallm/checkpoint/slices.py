@@ -63,17 +63,19 @@ class SliceFiles:
         self._directory = directory
         self._files: dict[Path, Any] = {}
         self._stored: dict[str, list[_Stored]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        """Global shapes by name."""
+        self.stored_shapes: dict[str, tuple[int, ...]] = {}
+        """Global shapes of what is stored, by name."""
         for path in sorted(directory.glob("*.safetensors")):
             self._open(path)
+        self.shapes = self.stored_shapes
+        """Global shapes of what can be read, by name."""
 
     def _open(self, path: Path) -> None:
         file = self._files[path] = safe_open(path, framework="pt")
         text = (file.metadata() or {}).get("shapes")
         if text is None:
             raise ValueError(f"{path} is not part of a checkpoint: it does not say what its slices belong to")
-        self.shapes |= {name: tuple(shape) for name, shape in json.loads(text).items()}
+        self.stored_shapes |= {name: tuple(shape) for name, shape in json.loads(text).items()}
         for key in file.keys():
             name, _, start = key.rpartition("@")
             shape = tuple(file.get_slice(key).get_shape())
@@ -81,12 +83,24 @@ class SliceFiles:
 
     def fill(self, wanted: TensorSlice) -> None:
         """Copies what is stored into the slice; ValueError if it is missing in part, or of another shape."""
-        if wanted.name not in self.shapes:
+        self.fill_stored(wanted)
+
+    def fill_stored(self, wanted: TensorSlice) -> None:
+        """`fill`, of a tensor that is stored as it is."""
+        if wanted.name not in self.stored_shapes:
             raise ValueError(f"{self._directory} has no tensor {wanted.name}")
-        found = self.shapes[wanted.name]
+        self.check_shape(wanted, self.stored_shapes[wanted.name])
+        self._copy(wanted)
+
+    def check_shape(self, wanted: TensorSlice, found: tuple[int, ...]) -> None:
+        """ValueError unless the slice is of a tensor of the shape `found`."""
         if found != wanted.shape:
             raise ValueError(f"{wanted.name} has shape {found} in {self._directory}, {wanted.shape} in the model")
-        self._copy(wanted)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor's numbers are stored in."""
+        some = self._stored[name][0]
+        return self._files[some.path].get_slice(some.key)[:0].dtype
 
     def _copy(self, wanted: TensorSlice) -> None:
         covered = 0
@@ -107,8 +121,6 @@ class SliceFiles:
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole tensor) of all, one at a time, in the stored dtype."""
         for name, shape in self.shapes.items():
-            some = self._stored[name][0]
-            dtype = self._files[some.path].get_tensor(some.key).dtype
-            full = torch.empty(shape, dtype=dtype)
+            full = torch.empty(shape, dtype=self.dtype_of(name))
             self.fill(TensorSlice(name=name, shape=shape, start=(0,) * len(shape), data=full, is_owner=False))
             yield name, full

@@ -16,6 +16,7 @@ BACKENDS: Mapping[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("torch", "triton"),
     "adamw": ("torch", "triton", "cuda", "apex", "cpu"),
     "grouped_gemm": ("torch", "triton"),
+    "nf4": ("torch", "triton"),
 }
 """`torch` comes first: it runs everywhere and is what the others are compared with."""
 

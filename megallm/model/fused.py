@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from megallm.config.lora import LoraConfig
 from megallm.config.model import ModelConfig
 from megallm.ops.attention import takes_rotary
 from megallm.ops.backends import Backends, Case, Choice, choose
 
 
 def fused_cases(
-    config: ModelConfig, *, tp: int, device: torch.device, dtype: torch.dtype, offload: bool = False
+    config: ModelConfig,
+    *,
+    tp: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: bool = False,
+    lora: LoraConfig | None = None,
 ) -> tuple[Case, ...]:
     """One case for each operation of the model on one of `tp` ranks; the optimizer's works in fp32 (fp64 for fp64).
 
-    offload: the optimizer works in the host's memory.
+    offload: the optimizer works in the host's memory. lora: the model's adapters, which say whether weights are in 4
+    bits.
     """
     sizes = {"rms_norm" if config.norm == "rmsnorm" else "layer_norm": config.hidden_size}
     sizes["attention"] = config.head_dim
@@ -23,6 +31,8 @@ def fused_cases(
     sizes["activation"] = config.intermediate_size // tp
     if config.head == "lm":
         sizes["linear_cross_entropy"] = sizes["cross_entropy"] = -(-config.vocab_size // tp)
+    if lora is not None and lora.is_nf4:
+        sizes["nf4"] = 0
     cases = [Case(op=op, device=device, dtype=dtype, size=size) for op, size in sizes.items()]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     place = torch.device("cpu") if offload else device
@@ -30,10 +40,17 @@ def fused_cases(
 
 
 def fused_choices(
-    config: ModelConfig, backends: Backends, *, tp: int, device: torch.device, dtype: torch.dtype, offload: bool = False
+    config: ModelConfig,
+    backends: Backends,
+    *,
+    tp: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: bool = False,
+    lora: LoraConfig | None = None,
 ) -> list[tuple[Case, Choice]]:
     """What each operation of the model would run on; ValueError if a forced back end cannot."""
-    cases = fused_cases(config, tp=tp, device=device, dtype=dtype, offload=offload)
+    cases = fused_cases(config, tp=tp, device=device, dtype=dtype, offload=offload, lora=lora)
     choices = {case.op: choose(case, backends.forced.get(case.op)) for case in cases}
     in_front = choices["attention"].name == "triton" and takes_rotary(backends) and not config.qk_norm
     if "rope" in choices and in_front and config.attention_dropout == 0:
@@ -42,16 +59,24 @@ def fused_choices(
 
 
 def check_backends(
-    backends: Backends, config: ModelConfig, *, tp: int, device: torch.device, dtype: torch.dtype, offload: bool = False
+    backends: Backends,
+    config: ModelConfig,
+    *,
+    tp: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: bool = False,
+    lora: LoraConfig | None = None,
 ) -> None:
     """Makes the model's choices before anything runs; ValueError if a forced back end cannot run what it is to."""
-    for case, choice in fused_choices(config, backends, tp=tp, device=device, dtype=dtype, offload=offload):
+    found = fused_choices(config, backends, tp=tp, device=device, dtype=dtype, offload=offload, lora=lora)
+    for case, choice in found:
         backends.settle(case, choice)
 
 
-def check_names(backends: Backends, config: ModelConfig) -> None:
+def check_names(backends: Backends, config: ModelConfig, *, lora: LoraConfig | None = None) -> None:
     """ValueError if a back end is forced for an operation that the model does not have."""
-    own = [case.op for case in fused_cases(config, tp=1, device=torch.device("cpu"), dtype=torch.float32)]
+    own = [case.op for case in fused_cases(config, tp=1, device=torch.device("cpu"), dtype=torch.float32, lora=lora)]
     for op in backends.forced:
         if op not in own:
             raise ValueError(

@@ -17,6 +17,7 @@ from megallm.parallel import random
 from megallm.parallel.layout import ParamSpec, Piece, shard_range, whole
 from megallm.parallel.lora import Switch
 from megallm.parallel.mesh import Mesh
+from megallm.parallel.nf4 import Nf4Products, Nf4Weight
 from megallm.parallel.products import PLAIN, Fp8Products, Products
 
 WIDE_VOCABULARY = 4096
@@ -51,6 +52,8 @@ class ParameterFactory:
         """The switch of all adapters."""
         self.sequence_parallel = sequence_parallel and mesh.tp.size > 1
         self.specs: dict[nn.Parameter, ParamSpec] = {}
+        self.quantized: dict[nn.Parameter, Nf4Weight] = {}
+        """The weights that are in 4 bits."""
         self._dtype, self._allocate, self._fp8 = dtype, allocate, fp8
         self._tied_copies = tied_copies
         """Whether the tied embedding lives on two pipeline ranks."""
@@ -119,6 +122,12 @@ class ParameterFactory:
 
     def products(self, weight: nn.Parameter, *, layer: int) -> Products:
         """What a linear of `layer` with this weight multiplies with."""
+        if self.lora is not None and self.lora.is_nf4:
+            double = self.lora.lora_double_quant
+            held = self.quantized[weight] = Nf4Weight(
+                weight, self.specs[weight], tp=self.mesh.tp, double_quant=double, backends=self.backends
+            )
+            return Nf4Products(held)
         if self._fp8 is None or not has_fp8(self._fp8, self.config, layer=layer, shape=weight.shape):
             return PLAIN
         return Fp8Products(self._fp8)

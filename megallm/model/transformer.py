@@ -35,6 +35,7 @@ from megallm.parallel.layout import ParamSpec
 from megallm.parallel.linear import ColumnLinear
 from megallm.parallel.logprobs import VocabLogits
 from megallm.parallel.mesh import Mesh
+from megallm.parallel.nf4 import Nf4Weight
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -208,6 +209,10 @@ class Transformer(nn.Module):
                 tied_to=self.stages["0"].embed_tokens.weight if mesh.pp.size == 1 and stage > 0 else None,  # type: ignore[union-attr, arg-type]
             )
         self.specs: dict[str, ParamSpec] = {n: factory.specs[p] for n, p in self.named_parameters()}
+        self.quantized: dict[str, Nf4Weight] = {
+            n: factory.quantized[p] for n, p in self.named_parameters() if p in factory.quantized
+        }
+        """Weights in 4 bits, by local name; their parameters have no memory."""
         if lora is not None:
             for name, spec, parameter in self.slices():
                 parameter.requires_grad_(spec.is_adapter or name.endswith(".score"))

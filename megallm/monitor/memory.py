@@ -166,8 +166,9 @@ def _states(
     lists = [value for value in vars(optimizer).values() if isinstance(value, list)]
     state = [each for value in lists for each in value if isinstance(each, torch.Tensor) and each.dim() > 0]
     hosts_params = host is not None and host.holds_params and flat.zero == 3
+    in_4_bits = [tensor for held in flat.model.quantized.values() for tensor in held.tensors()]
     on_device = {
-        "parameters": [bucket.params for bucket in flat.buckets] + ([] if hosts_params else shards),
+        "parameters": [bucket.params for bucket in flat.buckets] + ([] if hosts_params else shards) + in_4_bits,
         "gradients": [bucket.whole for bucket in gradients.buckets] + (sums if host is None else []),
         "optimizer": state if host is None else [],
     }

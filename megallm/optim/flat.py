@@ -5,6 +5,7 @@ while a layer that needs it computes: the storage is freed and allocated again u
 modules nor autograd notice. The shard is kept apart then; else it is a part of the bucket itself.
 
 Frozen parameters have buckets of their own, which are gathered likewise and have neither gradients nor an optimizer.
+Weights in 4 bits lie in no bucket: every data-parallel rank holds them whole.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class FlatParameters:
         if offload != "none":
             holds_params = offload == "optimizer+params"
             self.host = HostMemory(model.mesh.device, model.mesh.recorder, holds_params=holds_params)
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {n: p for n, p in model.named_parameters() if n not in model.quantized}
         names = {p: name for name, p in self.parameters.items()}
         self.units = {
             unit: [names[p] for p in needed if p in names]
@@ -226,3 +227,20 @@ class FlatParameters:
                 flat.start_gather()
         for flat in self.buckets:
             flat.wait()
+
+
+def refill(model: Transformer, flat: FlatParameters | None, *, anew: bool = False) -> Iterator[set[str]]:
+    """One group after another: the names of parameters to be given new values before the next turn, all of the model.
+
+    flat: the model's flat parameters, where it has some; anew: see there. Weights in 4 bits are zeros before, come one
+    by one, and are quantised at the next turn, so that one of them at a time is dense. A collective.
+    """
+    own = {name for name, _ in model.named_parameters()} - set(model.quantized)
+    if flat is not None:
+        yield from flat.refill(anew=anew)
+        own -= set(flat.parameters)
+    if own:
+        yield own
+    for name, weight in model.quantized.items():
+        for _ in weight.refill():
+            yield {name}

@@ -25,7 +25,15 @@ from megallm.model.counts import Recompute
 from megallm.pipeline.generators import make_schedule
 from megallm.pipeline.schedule import Schedule
 from megallm.planner.activations import Activations, peak_activations
-from megallm.planner.parameters import Units, rank_buckets, rank_units, stage_layers, trained_names
+from megallm.planner.parameters import (
+    Units,
+    dense_bytes,
+    layer_nf4_bytes,
+    rank_buckets,
+    rank_units,
+    stage_layers,
+    trained_names,
+)
 from megallm.planner.transients import most_whole_bytes
 
 PARAMETER_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
@@ -190,7 +198,7 @@ def predict_memory(
 
     `fused`: operations that run on Triton (see `Activations`).
     `lora`: adapters; activations are then those of training everything, which is more, but for what dropout on their
-    inputs keeps.
+    inputs keeps. Frozen weights in 4 bits are counted as such, and one of them dense on top of the activations.
     """
     schedule = make_schedule(
         parallel.schedule,
@@ -221,6 +229,12 @@ def predict_memory(
         )  # fmt: skip
         activations = peak_activations(each, schedule, layers, pp_rank=rank)
         activations += each.held_always(num_microbatches, num_stages=len(schedule.stages_of(rank)))
+        in_4_bits = layer_nf4_bytes(model, lora, tp=parallel.tp) * sum(len(layers[s]) for s in schedule.stages_of(rank))
+        if in_4_bits:
+            activations += dense_bytes(
+                model, tp=parallel.tp, element_bytes=sizes.parameter, is_fused="nf4" in fused
+            )
+            device = replace(device, parameters=(device.parameters or 0) + in_4_bits)
         plans.append(MemoryPlan(pp_rank=rank, device=replace(device, activations=activations), host=host))
     most_of_host = max(plans, key=lambda plan: plan.host.total)
     return replace(max(plans, key=lambda plan: plan.device.total), host=most_of_host.host)

@@ -14,10 +14,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megallm.config.lora import LoraConfig, lora_targets
+from megallm.config.lora import LoraConfig, lora_targets, projection_shape, projections_of
 from megallm.config.model import ModelConfig
 from megallm.config.parallel import ParallelConfig
 from megallm.model.parameters import WIDE_VOCABULARY
+from megallm.ops.nf4 import BLOCK, SCALE_BLOCK
 from megallm.optim.layout import Bucket, Entry, plan_buckets
 from megallm.pipeline.partition import partition_layers
 
@@ -57,14 +58,20 @@ def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[range, .
 def rank_units(
     model: ModelConfig, parallel: ParallelConfig, *, pp_rank: int, lora: LoraConfig | None = None
 ) -> Units:
-    """The units of a pipeline rank; a parameter in two of them (a tied embedding without pipeline) has one name."""
+    """The units of a pipeline rank; a parameter in two of them (a tied embedding without pipeline) has one name.
+
+    Weights in 4 bits are left out: they lie in no bucket."""
     units = _full_units(model, parallel, pp_rank=pp_rank)
     if lora is None or lora.lora_rank == 0:
         return units
     adapters = adapter_parameters(model, lora, tp=parallel.tp)
     for unit, needed in units.items():
         stage, place = unit.split(".")
-        frozen = tuple(replace(each, is_trained=each.name == "score.weight") for each in needed)
+        frozen = tuple(
+            replace(each, is_trained=each.name == "score.weight")
+            for each in needed
+            if not (lora.is_nf4 and each.name.endswith("_proj.weight"))
+        )
         added = tuple(replace(each, name=f"layers.{place}.{each.name}") for each in adapters) if place.isdigit() else ()
         units[f"{stage}.{place}"] = (*frozen, *added)
     return units
@@ -108,6 +115,29 @@ def adapter_parameters(model: ModelConfig, lora: LoraConfig, *, tp: int) -> tupl
                 for name, shape in shapes.items()
             ]
     return tuple(found)
+
+
+def layer_nf4_bytes(model: ModelConfig, lora: LoraConfig | None, *, tp: int) -> int:
+    """Bytes that a tp rank holds of one layer's weights in 4 bits; 0 where there are none."""
+    if lora is None or not lora.is_nf4:
+        return 0
+    total = 0
+    for name in projections_of(model):
+        own, whole = (math.prod(projection_shape(model, name, tp=t)) for t in (tp, 1))
+        total += own // 2 + math.ceil(own / BLOCK) * (1 if lora.lora_double_quant else 4)
+        if lora.lora_double_quant:
+            total += 4 * math.ceil(math.ceil(whole / BLOCK) / SCALE_BLOCK) + 4
+    return total
+
+
+def dense_bytes(model: ModelConfig, *, tp: int, element_bytes: int, is_fused: bool) -> int:
+    """Most bytes at once for making one linear's weight, in 4 bits, dense.
+
+    Plain torch looks up two weights by an int32 and scales them in fp32 before they are rounded, matrix by matrix.
+    """
+    linear = max(each.numel for each in layer_parameters(model, tp=tp) if each.name.endswith("_proj.weight"))
+    matrix = max(math.prod(projection_shape(model, name, tp=tp)) for name in projections_of(model))
+    return linear * element_bytes + (0 if is_fused else 6 * matrix)
 
 
 def rank_buckets(units: Units, *, bucket_size: int, num_shards: int, by_unit: bool) -> tuple[Bucket, ...]:

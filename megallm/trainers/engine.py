@@ -37,7 +37,7 @@ from megallm.model.transformer import Recompute, Transformer
 from megallm.ops.backends import DEFAULT, Backends
 from megallm.ops.fp8 import fp8_recipe
 from megallm.optim.factory import make_optimizer
-from megallm.optim.flat import FlatParameters
+from megallm.optim.flat import FlatParameters, refill
 from megallm.optim.gradients import Gradients
 from megallm.optim.loss_scale import LossScale
 from megallm.optim.merge import merge_adapters
@@ -96,11 +96,14 @@ class Engine:
         if train:
             check_optimizer_layout(self.optim, parallel)
         if lora is not None:
-            check_lora(lora, config, self.optim if train else None)
+            check_lora(
+                lora, config, self.optim if train else None, tp=mesh.tp.size, precision=numerics.precision
+            )
         self._tf32 = numerics.tf32
         check_backends(
-            backends, config, tp=mesh.tp.size, device=mesh.device, dtype=dtype, offload=parallel.offload != "none"
-        )
+            backends, config, tp=mesh.tp.size, device=mesh.device, dtype=dtype, offload=parallel.offload != "none",
+            lora=self.lora,
+        )  # fmt: skip
         fp8 = fp8_recipe(numerics)
         for warning in check_fp8(fp8, config, tp=mesh.tp.size, device=mesh.device):
             logging.getLogger("megallm.trainers").info(warning)
@@ -126,7 +129,7 @@ class Engine:
         if train or parallel.zero == 3:
             self._fill_flat(parallel)
         else:
-            self.model.initialize(seed)
+            self._initialize()
         if train:
             self._add_optimizer(numerics, backends)
         self.step = 0
@@ -136,9 +139,12 @@ class Engine:
         self.flat = FlatParameters(
             self.model, bucket_size=parallel.bucket_size, zero=parallel.zero, offload=parallel.offload
         )
-        for names in self.flat.refill(anew=True):
-            self.model.initialize(self.seed, names=names)
+        self._initialize()
         self._residency = Residency(self.flat, keep=parallel.zero_keep)
+
+    def _initialize(self) -> None:
+        for names in refill(self.model, self.flat, anew=True):
+            self.model.initialize(self.seed, names=names)
 
     def _add_optimizer(self, numerics: NumericsConfig, backends: Backends) -> None:
         assert self.flat is not None and self._residency is not None
@@ -272,8 +278,10 @@ class Engine:
         """Adds the adapters to the weights they stand beside, and lets them start anew, from B = 0. A collective.
 
         The model computes what it did, up to rounding: sums are made in fp32 and rounded once to the weights' dtype.
+        Weights in 4 bits become dense ones, in the model's dtype, and stay so.
         """
         merge_adapters(self.model, self.flat)
+        self.lora = self.model.lora
         if self.optimizer is not None:
             self.optimizer.refresh_master()
 

@@ -98,12 +98,12 @@ def plan_job(
     warnings = check_run(run, config, world_size)
     warnings += check_fp8(fp8_recipe(run.numerics), config, tp=run.parallel.tp, device=device)
     if lora is not None:
-        check_lora(lora, config, run.optim)
+        check_lora(lora, config, run.optim, tp=run.parallel.tp, precision=run.numerics.precision)
     backends = Backends(parse_backends(run.backend), announce=lambda line: None)
-    check_names(backends, config)
+    check_names(backends, config, lora=lora)
     check_backends(
         backends, config, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision],
-        offload=run.parallel.offload != "none",
+        offload=run.parallel.offload != "none", lora=lora,
     )  # fmt: skip
     memory = plan_memory(
         run, config, world_size=world_size, device=device, backends=backends, rows_per_sample=rows_per_sample, lora=lora

@@ -51,7 +51,7 @@ def plan_memory(
         optimizer=run.optim.optimizer,
         recompute=run.train.recompute,
         device_type=device.type,
-        fused=_fused(run, config, device, backends),
+        fused=_fused(run, config, device, backends, lora),
         lora=lora,
     )
 
@@ -96,10 +96,12 @@ def device_capacity(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def _fused(run: JobConfig, config: ModelConfig, device: torch.device, backends: Backends) -> set[str]:
+def _fused(
+    run: JobConfig, config: ModelConfig, device: torch.device, backends: Backends, lora: LoraConfig | None
+) -> set[str]:
     """The operations that run on Triton."""
     choices = fused_choices(
         config, backends, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision],
-        offload=run.parallel.offload != "none",
+        offload=run.parallel.offload != "none", lora=lora,
     )  # fmt: skip
     return {case.op for case, choice in choices if choice.name == "triton"}

@@ -12,6 +12,7 @@ from megallm.config.huggingface import model_config_from_hf, read_hf_config
 from megallm.config.model import ModelConfig
 from megallm.config.presets import get_preset
 from megallm.data.tokenizer import Tokenizer
+from megallm.optim.flat import refill
 from megallm.trainers.engine import Engine
 
 Head = Literal["lm", "scalar"]
@@ -45,7 +46,7 @@ class ModelSource:
         if self.kind == "checkpoint":
             engine.load(str(self.path), weights_only=True, new_head=self.new_head)
         else:
-            groups = None if engine.flat is None else engine.flat.refill()
+            groups = refill(engine.model, engine.flat)
             load_into(engine.model, self.path, new_head=self.new_head, groups=groups)
             if engine.optimizer is not None:
                 engine.optimizer.refresh_master()
