@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from megallm.checkpoint.sharded import latest, read_full_tensors
 from megallm.cli.main import run as megallm_run
-from megallm.data.tokenizer import byte_tokenizer
+from megallm.data.tokenizer import byte_tokenizer, char_tokenizer
 from megallm.parallel.mesh import Mesh
 from megallm.runtime.launch import UsageError
 from megallm.testing.tiny import tiny_config
@@ -123,6 +124,8 @@ def test_epochs_decide_the_steps(example: Run, data: dict[str, Path], tmp_path: 
     arguments = ["--data", data["chats"], "--save", tmp_path / "run", "--no-pack", "--valid-fraction", "0"]
     assert example("sft", *arguments, "--epochs", "1.5") == 0
     assert metrics(tmp_path / "run")[-1]["step"] == 9  # 24 records, 4 a step
+    with pytest.raises(UsageError, match=r"global_batch_size \(4\) is more than the 2.4 samples of 0.1 epochs"):
+        example("sft", *arguments, "--epochs", "0.1")
 
 
 def test_masks_are_shown(example: Run, data: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,3 +227,64 @@ def test_a_reward_model_is_no_policy(example: Run, data: dict[str, Path], tmp_pa
     assert example("reward", "--data", data["pairs"], "--save", tmp_path / "reward", "--steps", "1") == 0
     with pytest.raises(UsageError, match="a reward model, with a scalar head: give a language model"):
         example("dpo", "--data", data["pairs"], of=tmp_path / "reward")
+
+
+def test_adapters_of_the_model_to_start_from_are_part_of_it(
+    example: Run, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """So that adapters off are the model before training: DPO begins at ln 2, whatever the adapters' rank was."""
+    lora = ["--lora-rank", "4", "--learning-rate", "1e-2"]
+    assert example("sft", "--data", data["chats"], *lora, "--save", tmp_path / "sft") == 0
+    for reference in ("precomputed", "live"):
+        saved = tmp_path / reference
+        arguments = ["--data", data["pairs"], "--lora-rank", "2", "--reference", reference, "--steps", "1"]
+        assert example("dpo", *arguments, "--save", saved, of=tmp_path / "sft") == 0
+        first = metrics(saved)[0]
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(first["reward_margin"]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lora-rank", "8"], "has adapters with lora_rank 4"),
+        (["--lora-rank", "4", "--lora-alpha", "3"], "has adapters with lora_rank 4"),
+        (["--lora-rank", "4", "--lora-base", "nf4"], "has adapters beside weights in the model's dtype"),
+        ([], "is of a run with adapters"),
+    ],
+)
+def test_a_run_with_other_adapters_does_not_go_on(
+    flags: list[str], words: str, example: Run, data: dict[str, Path], tmp_path: Path
+) -> None:
+    run = ["--data", data["chats"], "--save", tmp_path / "run"]
+    assert example("sft", *run, "--lora-rank", "4", "--steps", "1") == 0
+    with pytest.raises(UsageError, match=words):
+        example("sft", *run, *flags)
+
+
+def test_going_on_from_another_model_or_data_is_said(
+    example: Run, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert example("dpo", "--data", data["pairs"], "--save", tmp_path / "run", "--steps", "1") == 0
+    capsys.readouterr()
+    other = tmp_path / "other.jsonl"
+    other.write_text(data["pairs"].read_text())
+    assert example("dpo", "--data", other, "--save", tmp_path / "run", "--steps", "2") == 0
+    said = " ".join(capsys.readouterr())
+    assert f"was made with --data {data['pairs']}, and goes on with {other}" in said and "--model" not in said.split(
+        "was made with"
+    )[1].splitlines()[0]
+
+
+def test_a_look_at_masks_does_not_mind_what_was_saved(
+    example: Run, model: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    config = tiny_config("llama", vocab_size=tokenizer.vocab_size, hidden_size=16)
+    Engine(config, Mesh.build(), seed=5).save(str(tmp_path / "other"))
+    assert example("sft", "--data", data["chats"], "--show-masks", "1", "--save", tmp_path / "other") == 0
+
+
+def test_a_tokenizer_that_gives_other_ids_is_refused(example: Run, data: dict[str, Path], tmp_path: Path) -> None:
+    char_tokenizer(["0123456789+?Itis., or"]).save(tmp_path)
+    with pytest.raises(UsageError, match="is another than that of .*: '.*' has id"):
+        example("sft", "--data", data["chats"], "--tokenizer", tmp_path)

@@ -31,6 +31,7 @@ def pairs(num_pairs: int = 3, *, padding: bool = False) -> dict[str, torch.Tenso
     return {
         "labels": labels,
         "ranks": ranks,
+        "sample_ids": torch.arange(rows) // 2,
         "ref_logprobs": -torch.rand(rows, generator=generator) * 9,
         "logits": torch.randn(rows * S, V, generator=generator, dtype=torch.float64) * 2,
     }
@@ -143,3 +144,17 @@ def test_scores_far_apart_do_not_overflow() -> None:
     total.backward()
     assert float(total.detach()) == pytest.approx(2e4)
     assert values.grad is not None and bool(values.grad.isfinite().all())
+
+
+def test_a_prompt_with_two_best_responses_is_one_prompt() -> None:
+    batch = {
+        "sample_ids": torch.tensor([5, 5, 5, 6, 6, 6, -1, -1, -1]),
+        "ranks": torch.tensor([0, 0, 2, 0, 1, -1, -1, -1, -1]),
+        "lengths": torch.tensor([1] * 5 + [0] * 4),
+    }
+    values = torch.tensor([3.0, 2.0, 1.0, 2.0, 0.5, 9.0, 9.0, 9.0, 9.0], dtype=torch.float64).unsqueeze(1)
+    total, count, metrics = RewardLoss()(values, batch)
+    expected = -(math.log(sigmoid(2.0)) + math.log(sigmoid(1.0))) / 2 - math.log(sigmoid(1.5))
+    assert int(count) == int(count_prompts(batch)) == 2
+    assert float(total) == pytest.approx(expected, rel=1e-9)
+    assert float(metrics["reward_accuracy"]) == pytest.approx(2.0) and float(metrics["reward_chosen"]) == 5.0

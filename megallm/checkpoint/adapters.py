@@ -5,6 +5,7 @@
     without      with      the weights; adapters stay as they are           weights only
     with         without   the weights with the adapters added to them      weights only
     with         with      both; the adapters must be of one kind
+    with         with      merge_adapters: the weights with the adapters added to them; the model's own stay as they are
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def open_weights(directory: Path, *, keep_adapters: bool) -> CodedFiles:
     return CodedFiles(directory / "model") if keep_adapters or lora is None else MergedFiles(directory / "model", lora)
 
 
-def check_adapters(directory: Path, model: Transformer, *, weights_only: bool) -> None:
-    """ValueError unless the checkpoint's adapters and the model's go together as the table above says."""
-    saved, own = read_lora_config(directory), model.lora
+def check_adapters(directory: Path, own: LoraConfig | None, model: ModelConfig, *, weights_only: bool) -> None:
+    """ValueError unless the checkpoint's adapters and the model's own go together as the table above says."""
+    saved = read_lora_config(directory)
     if saved is None and own is not None and not weights_only:
         raise ValueError(
             f"checkpoint {directory} is of a run without adapters, so it has no optimizer state of theirs: load it as "
@@ -48,7 +49,7 @@ def check_adapters(directory: Path, model: Transformer, *, weights_only: bool) -
         )
     if saved is not None and own is None and not weights_only:
         raise ValueError(
-            f"checkpoint {directory} is of a run with adapters ({described(saved, model.config)}), and its optimizer "
+            f"checkpoint {directory} is of a run with adapters ({described(saved, model)}), and its optimizer "
             "state is theirs: give the same, or load it as weights only (--model), with the adapters added to them"
         )
     if saved is None or own is None:
@@ -58,10 +59,10 @@ def check_adapters(directory: Path, model: Transformer, *, weights_only: bool) -
             f"checkpoint {directory} has adapters beside {_base(saved)}, this model beside {_base(own)}: give the "
             "same, or load it as weights only (--model), to go on beside other frozen weights"
         )
-    if described(saved, model.config) != described(own, model.config):
+    if described(saved, model) != described(own, model):
         raise ValueError(
-            f"checkpoint {directory} has adapters with {described(saved, model.config)}, this model with "
-            f"{described(own, model.config)}: give the same, or export the checkpoint, which adds its adapters to "
+            f"checkpoint {directory} has adapters with {described(saved, model)}, this model with "
+            f"{described(own, model)}: give the same, or export the checkpoint, which adds its adapters to "
             "the weights, and begin from that"
         )
 

@@ -103,11 +103,13 @@ def load(
     *,
     flat: FlatParameters | None = None,
     new_head: bool = False,
+    merge_adapters: bool = False,
 ) -> TrainState:
     """Fills the model (and the optimizer) from a checkpoint of any layout; returns where that run stood. A collective.
 
     new_head: the model's head keeps its weights, the checkpoint's is another.
-    What loading means where one of the two has adapters: adapters.py.
+    merge_adapters: the checkpoint's adapters become part of the weights, beside which the model's own begin; without an
+    optimizer. What loading means where one of the two has adapters: adapters.py.
     ValueError if the model's shape or the optimizer is another, or if tensors are missing.
     """
     directory = Path(directory)
@@ -118,10 +120,13 @@ def load(
         changed = [k for k, v in to_plain(model.config).items() if to_plain(saved).get(k) != v]
         raise ValueError(f"checkpoint {directory} is of another model: {', '.join(changed)} differ")
     values = json.loads((directory / "state.json").read_text())
-    check_adapters(directory, model, weights_only=optimizer is None)
-    weights = open_weights(directory, keep_adapters=model.lora is not None)
+    if merge_adapters:
+        assert optimizer is None
+    else:
+        check_adapters(directory, model.lora, model.config, weights_only=optimizer is None)
+    weights = open_weights(directory, keep_adapters=model.lora is not None and not merge_adapters)
     kept = set(HEADS) if new_head else set()
-    if read_lora_config(directory) is None:
+    if merge_adapters or read_lora_config(directory) is None:
         kept |= names_of(model, "adapters")
     for each in weight_slices(model, flat):
         if each.name not in kept:
@@ -166,6 +171,12 @@ def latest(root: str | Path) -> Path | None:
         return None
     complete = [p for p in _steps(root) if (p / "state.json").is_file()]
     return complete[-1] if complete else None
+
+
+def read_run(directory: str | Path) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint; empty if it did not say."""
+    run: dict[str, Any] = json.loads((Path(directory) / "config.json").read_text()).get("run", {})
+    return run
 
 
 def read_model_config(directory: str | Path) -> ModelConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from dataclasses import replace
 from typing import Literal
 
 from megallm.config.finetune import DpoConfig, RewardConfig, SftConfig
@@ -27,6 +28,8 @@ def run_example(
         from megallm.trainers.pretrain import show_sample
 
         module = importlib.import_module(f"megallm.trainers.{trainer}")
+    if args.show_masks:  # a look at the data alone
+        run = replace(run, checkpoint=replace(run.checkpoint, save=None, load=None))
     run = finetune.with_base_model(run, info, device, cache_dir=user_cache_dir())
     with usage_errors():
         plan = module.plan(run, world_size=info.world_size, local_world_size=info.local_world_size, device=device)

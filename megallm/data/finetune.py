@@ -171,14 +171,11 @@ class PairDataset:
         """Ids of prompt and best response of the first `number` groups."""
         return [group.examples[0].input_ids.tolist() for group in self._groups[:number]]
 
-    def comparisons(self, number: int) -> list[tuple[list[int], list[int]]]:
-        """Ids of (better, worse) of every pair of the first `number` groups, prompts included."""
+    def responses(self, number: int) -> list[tuple[list[list[int]], list[int]]]:
+        """(ids of prompt and response of each, their ranks) of the first `number` groups."""
         return [
-            (better.input_ids.tolist(), worse.input_ids.tolist())
+            ([example.input_ids.tolist() for example in group.examples], list(group.ranks))
             for group in self._groups[:number]
-            for better, i in zip(group.examples, group.ranks, strict=True)
-            for worse, j in zip(group.examples, group.ranks, strict=True)
-            if i < j
         ]
 
     def unshuffled(self) -> PairDataset:

@@ -158,6 +158,11 @@ class Tokenizer:
         os.replace(temporary, file)
         return file
 
+    def moved(self, other: Tokenizer) -> str | None:
+        """A token of this vocabulary that has another id in `other`, or none; None if `other` holds all of it."""
+        theirs = other._vocab
+        return next((token for token, token_id in self._vocab.items() if theirs.get(token) != token_id), None)
+
     def vocabulary_hash(self) -> str:
         """A hash of (token, id) pairs only: equal for two files of one vocabulary, however they are written."""
         pairs = sorted(self._vocab.items(), key=lambda pair: (pair[1], pair[0]))

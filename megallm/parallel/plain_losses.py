@@ -118,11 +118,11 @@ class PlainHeadLogprobs(torch.autograd.Function):
         if needs_weight and ctx.sink is not None:
             ctx.sink.add_products(products())
         else:
-            dweight = torch.zeros_like(weight) if needs_weight else None
+            dweight = torch.zeros_like(weight, dtype=grad.dtype) if needs_weight else None
             for dlogits, h in products():
                 if dweight is not None:
-                    dweight.addmm_(dlogits.t(), h)
-        return dhidden, dweight, None, None, None, None
+                    dweight.addmm_(dlogits.t().to(grad.dtype), h.to(grad.dtype))
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
 
 
 class _Own(NamedTuple):

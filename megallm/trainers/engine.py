@@ -245,10 +245,13 @@ class Engine:
         state = TrainState(step=self.step, consumed_samples=consumed_samples, tokens=tokens)
         sharded.save(directory, self.model, self.optimizer, state, flat=self.flat, keep=keep)
 
-    def load(self, directory: str, *, weights_only: bool = False, new_head: bool = False) -> TrainState:
+    def load(
+        self, directory: str, *, weights_only: bool = False, new_head: bool = False, merge_adapters: bool = False
+    ) -> TrainState:
         """Takes over the newest checkpoint in `directory`, saved at any layout; ValueError if none. A collective.
 
         new_head: the stored head is another, and is left out; with weights_only.
+        merge_adapters: stored adapters become part of the weights, this engine's own stay new; with weights_only.
         """
         found = sharded.latest(directory)
         if found is None:
@@ -256,7 +259,9 @@ class Engine:
         if self._residency is not None:
             self._residency.start_update()  # whole buckets that a forward left would be stale
         optimizer = None if weights_only else self.optimizer
-        state = sharded.load(found, self.model, optimizer, flat=self.flat, new_head=new_head)
+        state = sharded.load(
+            found, self.model, optimizer, flat=self.flat, new_head=new_head, merge_adapters=merge_adapters
+        )  # fmt: skip
         if weights_only and self.optimizer is not None:
             self.optimizer.refresh_master()
         self.step = 0 if weights_only else state.step

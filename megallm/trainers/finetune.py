@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import torch
 
 from megallm.checkpoint import sharded
+from megallm.checkpoint.adapters import read_lora_config
 from megallm.config.check_finetune import check_examples
 from megallm.config.checkpoint import CheckpointConfig
 from megallm.config.data import DataConfig
@@ -98,6 +99,7 @@ def open_base(
     source = open_model(run.model, from_scratch=run.from_scratch, head=head)
     config = source.config if drop else source.config.replace(hidden_dropout=0.0, attention_dropout=0.0)
     check_shape(run, config, world_size=world_size, device=device)
+    _check_quantized_once(run, source)
     tokenizer = source.tokenizer() if run.data.tokenizer is None else Tokenizer.from_path(run.data.tokenizer)
     if tokenizer is None:
         raise ValueError(f"{run.model} has no tokenizer.json beside it: give one with --tokenizer")
@@ -105,6 +107,13 @@ def open_base(
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, but {run.model} has a vocabulary of "
             f"{config.vocab_size}: use the tokenizer that the model was trained with"
+        )
+    own = source.tokenizer()
+    if own is not None and (moved := own.moved(tokenizer)):
+        raise ValueError(
+            f"--tokenizer {run.data.tokenizer} is another than that of {run.model}: {moved!r} has id "
+            f"{tokenizer.token_to_id(moved)} instead of {own.token_to_id(moved)}; leave the flag out, or extend the "
+            "model's own"
         )
     return Base(source=source, config=config, tokenizer=tokenizer, multiple=_ROUND_TO * run.parallel.tp)
 
@@ -120,6 +129,12 @@ def plan_finetune(
 ) -> FinetunePlan[Dataset]:
     """The checked run on its data; `steps` follow from `epochs` where these are given."""
     if run.data.epochs is not None:
+        wanted = run.data.epochs * data.train.num_samples
+        if run.train.global_batch_size > max(wanted, 1):
+            raise ValueError(
+                f"global_batch_size ({run.train.global_batch_size}) is more than the {wanted:g} samples of "
+                f"{run.data.epochs:g} epochs: use at most {max(int(wanted), 1)}, or more epochs"
+            )
         steps = math.ceil(run.data.epochs * data.train.num_samples / run.train.global_batch_size)
         run = replace(run, train=replace(run.train, steps=steps))
     passes = run.train.steps * run.train.global_batch_size / data.train.num_samples
@@ -136,6 +151,18 @@ def show(plan: FinetunePlan[Dataset], number: int, *, colour: bool) -> str:
     """The first examples with what is trained in them made visible."""
     assert plan.job.tokenizer is not None
     return "\n".join([*plan.job.notes, show_masks(plan.data.examples, plan.job.tokenizer, number, colour=colour)])
+
+
+def _check_quantized_once(run: FinetuneConfig, source: ModelSource) -> None:
+    """ValueError where weights in 4 bits would take adapters up and be quantised a second time."""
+    if source.kind != "checkpoint" or source.path is None or not run.lora.is_nf4:
+        return
+    saved = read_lora_config(source.path)
+    if saved is not None and saved.is_nf4:
+        raise ValueError(
+            f"{run.model} has adapters beside weights in 4 bits; with lora_base nf4 their sum would be quantised again "
+            "and lose what the adapters learned: use lora_base model, or go on in the same --save"
+        )
 
 
 def _up_to_multiple(number: int, multiple: int) -> int:

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megallm.checkpoint import sharded
+from megallm.checkpoint.adapters import check_adapters
 from megallm.checkpoint.sharded import TrainState
 from megallm.config.backends import parse_backends
 from megallm.config.check import check_run
@@ -115,6 +117,10 @@ def plan_job(
             f"{resume_from} holds a checkpoint of another model or tokenizer: give another --save, or the --model and "
             "--data it was made with"
         )
+    if resume_from is not None:
+        own = lora if lora is not None and lora.lora_rank else None
+        check_adapters(resume_from, own, config, weights_only=False)
+        warnings += _changed_since(resume_from, run)
     return JobPlan(
         run=run, source=source, config=config, tokenizer=tokenizer, warnings=tuple(warnings), memory=memory,
         resume_from=resume_from, rows_per_sample=rows_per_sample, notes=notes, lora=lora,
@@ -192,6 +198,23 @@ def _resume_from(run: JobConfig) -> Path | None:
     return None if run.checkpoint.save is None else sharded.latest(run.checkpoint.save)
 
 
+def _changed_since(checkpoint: Path, run: JobConfig) -> list[str]:
+    """Warnings, where a run goes on with another model to start from, or other data."""
+    before, now = sharded.read_run(checkpoint), to_plain(run)
+    found = []
+    for flag, value, was in (
+        ("--model", now.get("model"), before.get("model")),
+        ("--data", now.get("data", {}).get("data"), before.get("data", {}).get("data")),
+    ):
+        if before and value != was:
+            found.append(f"{checkpoint} was made with {flag} {_words(was)}, and goes on with {_words(value)}")
+    return found
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def _outputs(run: JobConfig) -> Outputs:
     save, metrics = run.checkpoint.save, run.train.metrics_file
     root = None if save is None else Path(save)
@@ -229,16 +252,23 @@ def _conclude(plan: JobPlan, engine: Engine, log: Log, outputs: Outputs) -> None
     if engine.mesh.world.rank != 0 or outputs.metrics is None or not outputs.metrics.is_file():
         return
     plot, title = outputs.metrics.with_name("loss.png"), f"{plan.config.family}, {plan.run.train.steps} steps"
-    if plan.rows_per_sample == 1:
-        plot_loss(outputs.metrics, plot, title=title)
-    else:
-        plot_loss(outputs.metrics, plot, title=title, loss_name="loss, mean over prompts")
-        margins = outputs.metrics.with_name("preferences.png")
-        plot_preferences(outputs.metrics, margins, title=title)
-        log.info(f"preferences {margins}")
+    try:
+        _plot(plan, outputs.metrics, plot, title=title, log=log)
+    except ValueError as error:  # no matplotlib, or not one loss that is a number
+        log.warning(f"no plot: {error}")
     if outputs.checkpoints is not None and plan.tokenizer is not None:
         plan.tokenizer.save(outputs.checkpoints)
-    log.info(f"loss plot   {plot}")
     log.info(f"metrics     {outputs.metrics}")
     if outputs.checkpoints is not None:
         log.info(f"checkpoint  {sharded.latest(outputs.checkpoints)}")
+
+
+def _plot(plan: JobPlan, metrics: Path, plot: Path, *, title: str, log: Log) -> None:
+    if plan.rows_per_sample == 1:
+        plot_loss(metrics, plot, title=title)
+    else:
+        plot_loss(metrics, plot, title=title, loss_name="loss, mean over prompts")
+        preferences = metrics.with_name("preferences.png")
+        plot_preferences(metrics, preferences, title=title)
+        log.info(f"preferences {preferences}")
+    log.info(f"loss plot   {plot}")

@@ -24,8 +24,16 @@ DpoKind = Literal["sigmoid", "ipo", "hinge"]
 
 
 def count_prompts(batch: Batch) -> torch.Tensor:
-    """0-d int64: prompts of the batch, every one counted at its best response."""
-    return (batch["ranks"] == 0).sum()
+    """0-d int64: prompts of the batch, every one counted at its first row."""
+    return first_rows(batch).sum()
+
+
+def first_rows(batch: Batch) -> torch.Tensor:
+    """[B] bool: the first row of each prompt, which is a best response (others may be as good)."""
+    prompts = batch["sample_ids"]
+    is_first = torch.ones_like(prompts, dtype=torch.bool)
+    is_first[1:] = prompts[1:] != prompts[:-1]
+    return is_first & (batch["ranks"] >= 0)
 
 
 def response_logprobs(logits: VocabLogits, batch: Batch) -> torch.Tensor:
@@ -55,7 +63,7 @@ class DpoLoss:
         """(sum over pairs, number of pairs, metrics' sums over pairs)."""
         logprobs = response_logprobs(logits, batch)
         against = logprobs.new_zeros(()) if self.reference_free else batch["ref_logprobs"].to(logprobs.dtype)
-        d, real = logprobs - against, (batch["ranks"] == 0).to(logprobs.dtype)[0::2]
+        d, real = logprobs - against, first_rows(batch).to(logprobs.dtype)[0::2]
         if self.kind == "ipo" and self.length_normalised:
             d_loss = d / row_sums((batch["labels"] != IGNORE_INDEX).to(d.dtype), batch).clamp(min=1)
         else:
@@ -109,10 +117,9 @@ class RewardLoss:
         if self.centering:
             loss = loss + self.centering * (scores.unsqueeze(1) + scores).square()
         detached = difference.detach()
-        best = ranks == 0
         metrics = {
             "reward_margin": (detached * weight).sum(),
             "reward_accuracy": ((detached > 0) * weight).sum(),
-            "reward_chosen": (scores.detach() * best).sum(),
+            "reward_chosen": (scores.detach() * first_rows(batch)).sum(),
         }
         return (loss * weight).sum(), count_prompts(batch), metrics

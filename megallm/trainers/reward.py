@@ -63,12 +63,15 @@ def _calibrate(plan: FinetunePlan[PairDataset], engine: Engine, directory: str, 
 
 def _draw_calibration(valid: PairDataset, engine: Engine, picture: Path, log: Log) -> None:
     """Shows how far differences of scores can be believed, on held-out pairs."""
-    pairs = valid.comparisons(_JUDGED_ON)
-    scores = score_responses(engine, [ids for pair in pairs for ids in pair])
-    differences = [better - worse for better, worse in zip(scores[0::2], scores[1::2], strict=True)]
+    groups = valid.responses(_JUDGED_ON)
+    scores = iter(score_responses(engine, [ids for responses, _ in groups for ids in responses]))
+    differences = []
+    for _, ranks in groups:
+        scored = [(next(scores), rank) for rank in ranks]
+        differences += [better - worse for better, i in scored for worse, j in scored if i < j]
     if engine.mesh.world.rank == 0:
-        plot_calibration(differences, picture, title=f"{len(pairs)} held-out pairs")
-    accuracy = sum(each > 0 for each in differences) / len(pairs)
+        plot_calibration(differences, picture, title=f"{len(differences)} held-out pairs")
+    accuracy = sum(each > 0 for each in differences) / len(differences)
     error = calibration_error(differences)
-    log.info(f"held out    {len(pairs)} pairs: {accuracy:.1%} in the right order, calibration error {error:.3f}")
+    log.info(f"held out    {len(differences)} pairs: {accuracy:.1%} in the right order, calibration error {error:.3f}")
     log.info(f"calibration {picture}")

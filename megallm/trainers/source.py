@@ -40,11 +40,14 @@ class ModelSource:
         return None if self.tokenizer_path is None else Tokenizer.from_path(self.tokenizer_path)
 
     def load_weights(self, engine: Engine) -> None:
-        """Fills the engine's model from the directory; leaves the initial weights where there is none."""
+        """Fills the engine's model from the directory; leaves the initial weights where there is none.
+
+        Adapters of a checkpoint are added to its weights: the engine's own are new, and off they leave this model.
+        """
         if self.path is None:
             return
         if self.kind == "checkpoint":
-            engine.load(str(self.path), weights_only=True, new_head=self.new_head)
+            engine.load(str(self.path), weights_only=True, new_head=self.new_head, merge_adapters=True)
         else:
             groups = refill(engine.model, engine.flat)
             load_into(engine.model, self.path, new_head=self.new_head, groups=groups)
