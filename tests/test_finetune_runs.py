@@ -288,3 +288,9 @@ def test_a_tokenizer_that_gives_other_ids_is_refused(example: Run, data: dict[st
     char_tokenizer(["0123456789+?Itis., or"]).save(tmp_path)
     with pytest.raises(UsageError, match="is another than that of .*: '.*' has id"):
         example("sft", "--data", data["chats"], "--tokenizer", tmp_path)
+
+
+def test_a_directory_of_adapters_is_no_model(example: Run, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds adapters in peft's format and no model"):
+        example("sft", of=tmp_path)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import doctest
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _VALID_PART = 10
 _SUMMARY_CHARACTERS = range(12, 121)
 _SIGNATURE_CHARACTERS = 240
 _MIN_ANSWERS = 2
+_ORDERS = 16
+"""Tried for a wrong text."""
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -99,16 +102,22 @@ def _prompt(function: _Documented) -> str:
 
 
 def _disordered(function: _Documented) -> str | None:
-    """The summary with the words between the first and the last one in an order by chance; None if all orders read the
-    same, or there are none."""
+    """The summary with the words between the first and the last one in another order, in which as few as can be follow
+    the word that they follow in the right one; None with fewer than three of them, or if all are the same."""
     first, *inner, last = function.summary.split(" ")
-    if len(set(inner)) < 2:
+    if len(inner) < 3 or len(set(inner)) == 1:
         return None
-    order = sorted(range(len(inner)), key=lambda place: _hash(f"{function.signature}:{place}"))
-    found = [inner[place] for place in order]
-    while found == inner:
-        found = [*found[1:], found[0]]
-    return " ".join([first, *found, last])
+    followed = set(itertools.pairwise([first, *inner, last]))
+
+    def kept(words: list[str]) -> int:
+        return sum(pair in followed for pair in itertools.pairwise([first, *words, last]))
+
+    def order(number: int) -> list[str]:
+        places = sorted(range(len(inner)), key=lambda place: _hash(f"{function.signature}:{number}:{place}"))
+        return [inner[place] for place in places]
+
+    found = min((order(number) for number in range(_ORDERS)), key=kept)
+    return None if found == inner else " ".join([first, *found, last])
 
 
 def _split(found: Sequence[_Found], split: Split) -> list[_Found]:

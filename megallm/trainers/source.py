@@ -79,6 +79,11 @@ def open_model(name: str, *, from_scratch: bool = False, head: Head | None = Non
             new_head=config.head != stored.head,
             tokenizer_path=found[0] if found else None,
         )
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{name} holds adapters in peft's format and no model: give their base model, and load them beside it with "
+            "engine.load_adapters (docs/lora.md)"
+        )
     stored = model_config_from_hf(read_hf_config(path))
     config = _with_head(stored, head)
     if not from_scratch:
