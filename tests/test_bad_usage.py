@@ -101,6 +101,9 @@ CASES = {
         ["--model", "no_weights", "--from-scratch", "--data", "text.txt", "--tokenizer", "bytes", "--tp", "1"], 1,
         ["vocabulary", "101"],
     ),
+    "missing_tokenizer": (
+        ["--data", "text.txt", "--tokenizer", "byte"], 1, ["no tokenizer at byte", "`bytes`, or `chars`"],
+    ),
     "unsupported_architecture": (["--model", "bert"], 1, ["bert", "llama", "qwen3", "gpt2", "mistral"]),
     "config_without_weights": (["--model", "no_weights"], 1, ["no_weights", "safetensors"]),
     "nothing_to_load": (["--load", "nowhere"], 1, ["nowhere"]),
@@ -149,6 +152,26 @@ COMMANDS = {
     "doctor_of_an_operation_it_lacks": (["doctor", "--backend", "layer_norm=torch"], ["has no layer_norm"]),
     "eval_missing_data": (["eval", "--model", "no_weights", "--data", "nowhere.jsonl"], ["no_weights"]),
     "eval_of_a_preset": (["eval", "--model", "tiny", "--data", "broken.jsonl"], ["tiny", "weights"]),
+    "eval_onto_its_data": (
+        ["eval", "--model", "no_weights", "--data", "broken.jsonl", "--per-document", "out/../broken.jsonl"],
+        ["out/../broken.jsonl is read, and would be overwritten"],
+    ),
+    "generate_onto_its_prompts": (
+        ["generate", "--model", "no_weights", "--prompts", "broken.jsonl", "--out", "./broken.jsonl"], ["is read"],
+    ),
+    "judge_onto_its_data": (
+        ["judge", "--model", "no_weights", "--data", "no_key.jsonl", "broken.jsonl", "--out", "broken.jsonl"],
+        ["broken.jsonl is read"],
+    ),
+    "score_onto_its_data": (
+        ["score", "--model", "no_weights", "--data", "broken.jsonl", "--out", "broken.jsonl"], ["broken.jsonl is read"],
+    ),
+    "self_instruct_onto_its_seeds": (
+        ["self-instruct", "--model", "no_weights", "--seeds", "broken.jsonl", "--out", "broken.jsonl"], ["is read"],
+    ),
+    "no_tokens_at_once": (
+        ["eval", "--model", "no_weights", "--data", "broken.jsonl", "--tokens-at-once", "0"], ["tokens_at_once (0)"],
+    ),
     "generate_without_prompt": (["generate", "--model", "bert"], ["--prompt"]),
     "export_of_nothing": (["export", "nowhere", "out"], ["nowhere"]),
     "schedule_that_cannot_be": (
@@ -156,7 +179,7 @@ COMMANDS = {
         ["multiple of pp"],
     ),
     "unknown_command": (["trian"], ["trian"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", COMMANDS)

@@ -378,6 +378,29 @@ def test_optimizer_state_that_is_not_there_is_refused(engine: Engine, tmp_path: 
         load(where, engine.model, engine.optimizer)
 
 
+def test_damaged_files_are_named_with_the_way_out(engine: Engine, tmp_path: Path) -> None:
+    where = save(tmp_path, engine.model, None, trained_state(1))
+    shard = next((where / "model").glob("*.safetensors"))
+    whole = shard.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:20], b""):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{shard.name} is damaged or was cut off .*: copy the checkpoint again"):
+            load(where, engine.model)
+    shard.write_bytes(whole)
+    for name, content, words in (
+        ("config.json", "{", "is damaged, not JSON"),
+        ("config.json", "[]", "is damaged, not a JSON object"),
+        ("config.json", "{}", "has no key model"),
+        ("config.json", '{"model": {"hidden_sise": 3}}', "unknown key 'hidden_sise'"),
+        ("state.json", "", "is damaged, not JSON"),
+    ):
+        kept = (where / name).read_text()
+        (where / name).write_text(content)
+        with pytest.raises(ValueError, match=rf"{name}.*{words}.*: copy the checkpoint again, or give another step"):
+            load(where, engine.model)
+        (where / name).write_text(kept)
+
+
 def test_the_vocabulary_is_saved_without_padding(resharded: Any, reshard_folder: Path) -> None:
     folder = latest(reshard_folder / "5")
     assert folder is not None

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from megallm.data.chat_template import ChatTemplate, TemplateRefusal
 from megallm.data.conversation import Conversation, Dropped, Message, Preference, Ranking
 from megallm.data.convert import conversations, preferences, prompts, rankings
-from megallm.data.records import detect_format, read_records
+from megallm.data.records import Record, detect_format, kind_of, read_records
 from megallm.data.templates import MARKS, TEMPLATES
 from megallm.data.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer
 
@@ -233,10 +233,10 @@ def test_useless_preferences_are_counted(record: dict[str, Any], reason: str) ->
     assert preferences([record]) == ([], Dropped(counts={reason: 1}, first={reason: ""}))
 
 
-def test_margins_are_given_or_the_difference_of_scores() -> None:
+def test_only_a_margin_is_a_margin() -> None:
     pair = {"prompt": "a", "chosen": "good", "rejected": "bad"}
-    rows = [pair, pair | {"margin": 2}, pair | {"score_chosen": 7.5, "score_rejected": 6}]
-    assert [each.margin for each in preferences(rows)[0]] == [None, 2.0, 1.5]
+    rows = [pair, pair | {"margin": 2}, pair | {"score_chosen": 7.5, "score_rejected": 8}]
+    assert [each.margin for each in preferences(rows)[0]] == [None, 2.0, None]
     with pytest.raises(ValueError, match="margin must hold numbers, this is 'x'"):
         preferences([pair | {"margin": "x"}])
     with pytest.raises(ValueError, match="without a prompt, chosen must be a list of messages"):
@@ -245,12 +245,38 @@ def test_margins_are_given_or_the_difference_of_scores() -> None:
         preferences([{"text": "x"}])
 
 
+@pytest.mark.parametrize("number", ["1e999", "-Infinity", "NaN", "1e39", "1" + 400 * "0"])
+def test_numbers_that_are_not_finite_are_refused_by_their_line(number: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"prompt": "a", "chosen": "b", "rejected": "c", "margin": {number}}}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: margin must hold finite numbers of at most 3\.4e\+38, this is"):
+        preferences(read_records(file))
+    file.write_text(f'{{"prompt": "a", "responses": ["b", "c"], "scores": [1, {number}]}}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: scores must hold finite numbers"):
+        rankings(read_records(file))
+
+
+def test_records_that_are_compared_are_of_one_kind() -> None:
+    pair, ranked = {"chosen": "b", "rejected": "c"}, {"prompt": "a", "responses": ["b", "c"]}
+    talk: dict[str, Any] = {"messages": []}
+    assert kind_of([pair, pair | {"instruction": "a", "output": "b"}], None) == "preference"
+    assert kind_of([talk, {"text": "a"}], None) == "messages"
+    for first, other, words_ in (
+        (pair, ranked, "F:2 is a ranking record, F:1 is a preference record"),
+        (talk, pair, "F:2 is a preference record, F:1 is a messages record"),
+        (ranked, talk, "F:2 is a messages record, F:1 is a ranking record"),
+    ):
+        with pytest.raises(ValueError, match=words_):
+            kind_of([Record(first, where="F:1"), Record(other, where="F:2")], None)
+
+
 def test_rankings_are_sorted_by_their_scores() -> None:
     row = {"prompt": "a", "responses": ["x", "y", "z"]}
     answers = {name: (Message("assistant", name),) for name in "xyz"}
     (plain, scored), _ = rankings([row, row | {"scores": [1, 3, 1]}])
     assert plain == Ranking(QUESTION, (answers["x"], answers["y"], answers["z"])) and plain.ranks == (0, 1, 2)
     assert scored.responses == (answers["y"], answers["x"], answers["z"]) and scored.ranks == (0, 1, 1)
+    assert plain.order is None and scored.order == (1, 0, 2)
     useless = [row | {"responses": ["x"]}, row | {"responses": ["x", "x"]}, row | {"scores": [2, 2, 2]}]
     reasons = ["fewer than two responses", "two equal responses", "all responses scored alike"]
     assert list(rankings(useless)[1].counts) == reasons

@@ -297,7 +297,8 @@ def test_a_text_is_trained_whole_with_a_template_too() -> None:
 
 
 def test_a_conversation_needs_a_template() -> None:
-    message = r"a\.jsonl:3: a conversation of 4 messages \(user, assistant, user, assistant\) needs a chat template"
+    message = r"a\.jsonl:3: a conversation of 4 messages \(user, assistant, user, assistant\) needs a chat template: "
+    message += "choose one with --template"
     with pytest.raises(ValueError, match=message):
         conversation_examples(CONVERSATIONS[2:], byte_tokenizer(), None, max_length=LONG)
 

@@ -67,10 +67,7 @@ def load(path: Path) -> Any:
 
 MAKE_COMMANDS = load(ROOT / "docs" / "make_commands.py")
 FIRST = "python examples/pretrain_gpt.py --data books.txt --save runs/first"
-BEFORE = {
-    "checkpoints.md": [FIRST, "megallm export runs/first hf/books"],
-    **{page: [FIRST] for page in ("finetuning.md", "lora.md", "rlaif.md")},
-}
+BEFORE = {"checkpoints.md": [FIRST, "megallm export runs/first hf/books"]}
 """What a page takes for granted."""
 SMALL = (
     "--warmup-steps 0 --seq-length 16 --global-batch-size 4 --micro-batch-size 2 --eval-every 0 --eval-sequences 4 "

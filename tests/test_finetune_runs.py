@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from megallm.parallel.mesh import Mesh
 from megallm.runtime.launch import UsageError
 from megallm.testing.tiny import tiny_config
 from megallm.trainers.engine import Engine
+from megallm.trainers.scores import read_calibration
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = (
@@ -154,6 +156,74 @@ def test_a_reward_model_scores_as_it_was_calibrated(
         megallm_run(["score", "--model", str(model), "--data", str(data["pairs"])])
 
 
+def test_scores_are_in_the_order_of_the_record_and_go_with_an_exported_model(
+    example: Run, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, exported, out = tmp_path / "reward", tmp_path / "exported", tmp_path / "out.jsonl"
+    assert example("reward", "--data", data["pairs"], "--valid-fraction", "0", "--save", saved, "--steps", "1") == 0
+    assert megallm_run(["export", str(saved), str(exported)]) == 0
+    row = {"prompt": "1 + 1?", "responses": ["No.", "It is 2.", "It is 3, or 1."]}
+    (tmp_path / "plain.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "scored.jsonl").write_text(json.dumps(row | {"scores": [0, 2, 1]}) + "\n")
+    found, said = [], []
+    for model, file in ((saved, "plain"), (saved, "scored"), (exported, "plain")):
+        capsys.readouterr()
+        assert megallm_run(f"score --model {model} --data {tmp_path / file}.jsonl --out {out}".split()) == 0
+        found.append(json.loads(out.read_text())["scores"])
+        said.append(capsys.readouterr().out)
+    assert found[1] == pytest.approx(found[0], abs=1e-6) and found[2] == pytest.approx(found[0], abs=1e-6)
+    assert len({round(score, 6) for score in found[0]}) == 3
+    best = found[0].index(max(found[0]))
+    for called_best, line in zip((0, 1, 0), said, strict=True):
+        assert f"first is best {float(best == called_best):.1%}" in line
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model of new weights with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("reward")
+    config = tiny_config("llama", vocab_size=257, head="scalar", tie_word_embeddings=False)
+    Engine(config, Mesh.build(), seed=5).save(str(folder))
+    byte_tokenizer().save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "words"),
+    [
+        ({"chosen": "b"}, "--seq-length 10", "f.jsonl:1: a response with its prompt has "),
+        ({"chosen": "b"}, "--seq-length 10", " tokens, more than seq_length (10): raise it, or take"),
+        ({"chosen": "c"}, "", "no comparison left to use: 1 row left out: 1 chosen equals rejected (first: "),
+        ({"chosen": "b"}, "--tokens-at-once 0", "tokens_at_once (0) must be at least 1"),
+        ({"messages": []}, "--data {f} {g}", "g.jsonl:1 is a ranking record, "),
+    ],
+)
+def test_what_cannot_be_scored_is_told(
+    row: dict[str, Any], flags: str, words: str, reward_model: Path, tmp_path: Path
+) -> None:
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in "fg"}
+    Path(files["f"]).write_text(json.dumps({"prompt": "a", "rejected": "c"} | row) + "\n")
+    Path(files["g"]).write_text(json.dumps({"prompt": "a", "responses": ["b", "c"]}) + "\n")
+    with pytest.raises(UsageError) as error:
+        megallm_run(f"score --model {reward_model} --data {files['f']} {flags}".format(**files).split())
+    assert words in str(error.value) and "overflow" not in str(error.value)
+
+
+def test_a_damaged_checkpoint_is_told_before_a_command_runs(reward_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(reward_model, tmp_path / "m")
+    (shard,) = (tmp_path / "m").glob("step-*/model/*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UsageError, match=r"shard-00000\.safetensors is damaged or was cut off .* copy the checkpoint"):
+        megallm_run(["score", "--model", str(tmp_path / "m"), "--data", "f.jsonl"])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"mean": 1.0, "median": 2.0}', '{"mean": "x"}', '{"mean": NaN}'])
+def test_a_damaged_calibration_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "calibration.json").write_text(content)
+    with pytest.raises(ValueError, match=r"calibration\.json is damaged .*: copy it again, or give --raw"):
+        read_calibration(tmp_path)
+
+
 def test_four_ranks_train_and_leave_what_one_rank_resumes(
     example: Run, model: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -184,8 +254,11 @@ def test_four_ranks_train_and_leave_what_one_rank_resumes(
         ("sft", ["--data", "{chats}", "--epochs", "0"], "epochs (0.0) must be above 0"),
         ("dpo", ["--data", "{chats}"], "preferences are needed"),
         ("dpo", ["--data", "{ranked}"], "pairs are needed (chosen and rejected), this is ranking"),
-        ("dpo", ["--data", "{same}"], "no comparison left to use"),
-        ("dpo", ["--data", "{empty}"], "no comparison left to use"),
+        ("dpo", ["--data", "{same}"], "no comparison left to use: 1 row left out: 1 chosen equals rejected (first: "),
+        ("dpo", ["--data", "{empty}"], "no comparison left to use: 1 row left out: 1 empty response (first: "),
+        ("sft", ["--data", "{mute}"], "no conversation left to use: 1 row left out: 1 empty response (first: "),
+        ("dpo", ["--data", "{pairs}", "{ranked}"], "ranked.jsonl:1 is a ranking record, "),
+        ("sft", ["--data", "{chats}", "--tokenizer", "bytes"], "a tokenizer.json, or a directory that holds one"),
         ("dpo", ["--data", "{pairs}", "--beta", "0"], "beta (0.0) must be above 0"),
         ("dpo", ["--data", "{pairs}", "--label-smoothing", "0.5"], "must be at least 0 and below 0.5"),
         ("dpo", ["--data", "{pairs}", "--dpo-loss", "ipo", "--label-smoothing", "0.1"], "with dpo_loss ipo"),
@@ -202,7 +275,8 @@ def test_mistakes_are_told_before_anything_runs(
 ) -> None:
     same = {"prompt": "a", "chosen": "b", "rejected": "b"}
     empty = {"prompt": "a", "chosen": "", "rejected": "b"}
-    for file, row in (("same", same), ("empty", empty)):
+    mute = {"instruction": "a", "output": ""}
+    for file, row in (("same", same), ("empty", empty), ("mute", mute)):
         (tmp_path / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
         data[file] = tmp_path / f"{file}.jsonl"
     named = {key: str(path) for key, path in data.items()}

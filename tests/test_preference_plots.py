@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megallm.monitor.plots import drawing, plot_loss
 from megallm.monitor.preference_plots import calibration_error, plot_calibration, plot_preferences, reliability
 
 PNG = b"\x89PNG\r\n"
@@ -42,6 +44,18 @@ def test_one_pair_is_enough(tmp_path: Path) -> None:
     plot_calibration([0.5], tmp_path / "one.png", title="1 held-out pair")
     plot_calibration([0.0, 0.0], tmp_path / "ties.png")
     assert all((tmp_path / name).read_bytes().startswith(PNG) for name in ("one.png", "ties.png"))
+
+
+def test_a_picture_that_cannot_be_drawn_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with drawing(said.append):
+        plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with drawing(said.append):
+        plot_calibration([0.5], tmp_path / "one.png")
+    assert "metrics.jsonl has no line with a loss" in said[0] and "needs matplotlib" in said[1] and len(said) == 2
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("valid", [False, True])

@@ -287,12 +287,21 @@ def test_completions_end_with_the_stop_token_or_for_their_length(model: Path) ->
 
 
 @pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"settings": {}, "rounds": 1, "kept": [{"x": "y"}], "dropped": {}}']
+)
+def test_damaged_progress_is_named(content: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "o.jsonl.progress").write_text(content)
+    with pytest.raises(UsageError, match=r"o\.jsonl\.progress cannot be read as the progress .*: delete it to start"):
+        megallm_run(f"self-instruct --model {model} --out {tmp_path / 'o.jsonl'}".split())
+
+
+@pytest.mark.parametrize(
     ("flags", "words_"),
     [
         ("--num 0", "num (0) must be at least 1"),
         ("--max-rounds 0", "max_rounds (0) must be at least 1"),
         ("--rouge 0", "rouge (0.0) must be above 0"),
-        ("--temperature -1", "temperature at least 0"),
+        ("--temperature -1", "temperature (-1.0) must be at least 0"),
         ("--seeds none.jsonl", "none.jsonl"),
         ("--seq-length 100", "are more than seq_length (100)"),
         ("--tokenizer nowhere", "no tokenizer at nowhere"),

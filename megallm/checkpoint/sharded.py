@@ -38,6 +38,7 @@ from megallm.parallel.collectives import barrier
 from megallm.parallel.layout import is_counted
 
 _PREFIX = "step-"
+_OTHER_CHECKPOINT = "copy the checkpoint again, or give another step-..."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ def load(
     if saved != model.config:
         changed = [k for k, v in to_plain(model.config).items() if to_plain(saved).get(k) != v]
         raise ValueError(f"checkpoint {directory} is of another model: {', '.join(changed)} differ")
-    values = json.loads((directory / "state.json").read_text())
+    values = _read_json(directory / "state.json")
     if merge_adapters:
         assert optimizer is None
     else:
@@ -175,13 +176,20 @@ def latest(root: str | Path) -> Path | None:
 
 def read_run(directory: str | Path) -> dict[str, Any]:
     """The settings of the run that wrote a checkpoint; empty if it did not say."""
-    run: dict[str, Any] = json.loads((Path(directory) / "config.json").read_text()).get("run", {})
+    run: dict[str, Any] = _read_json(Path(directory) / "config.json").get("run", {})
     return run
 
 
 def read_model_config(directory: str | Path) -> ModelConfig:
     """The shape of the model in a checkpoint directory."""
-    return from_plain(ModelConfig, json.loads((Path(directory) / "config.json").read_text())["model"])
+    file = Path(directory) / "config.json"
+    plain = _read_json(file)
+    if "model" not in plain:
+        raise ValueError(f"{file} has no key model, so that it is not of a checkpoint: {_OTHER_CHECKPOINT}")
+    try:
+        return from_plain(ModelConfig, plain["model"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}: {_OTHER_CHECKPOINT}") from error
 
 
 def read_full_tensors(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -282,6 +290,16 @@ def _prune(root: Path, keep: int) -> None:
     complete = [p for p in _steps(root) if (p / "state.json").is_file()]
     for old in complete[:-keep] if keep else []:
         shutil.rmtree(old)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, not JSON ({error}): {_OTHER_CHECKPOINT}") from error
+    if not isinstance(plain, dict):
+        raise ValueError(f"{path} is damaged, not a JSON object: {_OTHER_CHECKPOINT}")
+    return plain
 
 
 def _write_json(path: Path, value: Any) -> None:

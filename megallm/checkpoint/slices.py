@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -71,7 +71,12 @@ class SliceFiles:
         """Global shapes of what can be read, by name."""
 
     def _open(self, path: Path) -> None:
-        file = self._files[path] = safe_open(path, framework="pt")
+        try:
+            file = self._files[path] = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is damaged or was cut off ({error}): copy the checkpoint again, or give another step-..."
+            ) from error
         text = (file.metadata() or {}).get("shapes")
         if text is None:
             raise ValueError(f"{path} is not part of a checkpoint: it does not say what its slices belong to")

@@ -11,7 +11,7 @@ import argparse
 import math
 from collections.abc import Callable
 
-from megallm.cli.inference import add_model_arguments, open_job, read_jsonl, write_jsonl
+from megallm.cli.inference import add_model_arguments, check_out, check_positive, open_job, read_jsonl, write_jsonl
 from megallm.data.tokenizer import Tokenizer
 from megallm.trainers.evaluate import score_documents
 
@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Callable[[], int]:
     """Checks everything, then returns what computes and prints."""
+    check_out(args.per_document, args.data)
+    check_positive(args, "tokens_at_once")
     job = open_job(args)
     texts = read_jsonl(args.data, args.text_key)
     documents = tokenise(texts, args.tokenizer, job.source.tokenizer(), where=args.data)

@@ -5,8 +5,8 @@
     megallm export runs/books out --adapters
 
 writes out/config.json, generation_config.json, the weights as safetensors and, where the checkpoint has a tokenizer,
-tokenizer.json with its tokenizer_config.json. Adapters are added to the weights; with --adapters they alone are
-written, as peft does. `out` appears when it is complete.
+tokenizer.json with its tokenizer_config.json, and a reward model's calibration.json. Adapters are added to the weights;
+with --adapters they alone are written, as peft does. `out` appears when it is complete.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from megallm.checkpoint.huggingface import HFWriter
 from megallm.checkpoint.peft import adapter_shapes, write_peft
 from megallm.config.model import ModelConfig
 from megallm.data.tokenizer import Tokenizer
+from megallm.trainers.scores import FILE as CALIBRATION
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER = "tokenizer.json"
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     num_parameters = 0
     with HFWriter(args.out, model, dtype=_DTYPES.get(args.dtype)) as writer:
         files = _tokenizer_files(checkpoint, model)
-        for name, content in files.items():
+        for name, content in (files | _calibration_file(checkpoint)).items():
             writer.add_file(name, content)
         for name, tensor in sharded.read_full_tensors(checkpoint):
             writer.add(name, tensor)
@@ -77,6 +78,12 @@ def _write_adapters(checkpoint: Path, model: ModelConfig, args: argparse.Namespa
     count = sum(tensor.numel() for tensor in tensors.values())
     print(f"{args.out}: adapters of {count:,} parameters for a {model.family} model from {checkpoint}")
     return 0
+
+
+def _calibration_file(checkpoint: Path) -> dict[str, bytes]:
+    """What `megallm score` subtracts, where a reward model has it."""
+    file = checkpoint / CALIBRATION
+    return {CALIBRATION: file.read_bytes()} if file.is_file() else {}
 
 
 def _tokenizer_files(checkpoint: Path, model: ModelConfig) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from megallm.cli.evaluate import tokenise
-from megallm.cli.inference import add_model_arguments, open_job, read_jsonl, write_jsonl
+from megallm.cli.inference import add_model_arguments, check_out, open_job, read_jsonl, write_jsonl
 from megallm.data.tokenizer import Tokenizer
 from megallm.generate.decode import check_prompts
 from megallm.generate.sampling import Sampling
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Callable[[], int]:
     """Checks everything, then returns what decodes and prints."""
+    check_out(args.out, args.prompts)
     job = open_job(args)
     config = job.source.config
     prompts = read_jsonl(args.prompts, "prompt") if args.prompts else [args.prompt]

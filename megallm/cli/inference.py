@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megallm.checkpoint.adapters import open_weights
 from megallm.config.check import check_layout
 from megallm.config.numerics import NumericsConfig, Precision
 from megallm.config.parallel import ParallelConfig
@@ -58,11 +59,29 @@ def open_job(args: argparse.Namespace) -> InferenceJob:
     if source.path is None:
         raise ValueError(f"--model {args.model} is a preset, which has no weights: give a directory that holds some")
     parallel = ParallelConfig(tp=args.tp, pp=args.pp, virtual_stages=args.virtual_stages)
+    if source.kind == "checkpoint":
+        open_weights(source.path, keep_adapters=True)  # a damaged file is told here, from the headers
     info = launch_info()
     check_layout(source.config, parallel, info.world_size)
     device = device_for(info.local_rank)
     check_fp8(fp8_recipe(NumericsConfig(precision=args.precision)), source.config, tp=args.tp, device=device)
     return InferenceJob(source=source, parallel=parallel, precision=args.precision, device=device)
+
+
+def check_out(out: str | None, *inputs: str | None) -> None:
+    """ValueError if what is to be written is one of the files that are read."""
+    if out is None:
+        return
+    for each in inputs:
+        if each is not None and Path(each).resolve() == Path(out).resolve():
+            raise ValueError(f"{out} is read, and would be overwritten with the results: choose another file to write")
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """ValueError for the first of these flags that is below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} ({getattr(args, name)}) must be at least 1")
 
 
 def read_jsonl(path: str, key: str) -> list[Any]:

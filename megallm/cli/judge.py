@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megallm.cli.inference import InferenceJob, add_model_arguments, open_job, write_jsonl
+from megallm.cli.inference import InferenceJob, add_model_arguments, check_out, check_positive, open_job, write_jsonl
 from megallm.data.chat_model import ChatModel
 from megallm.data.constitution import (
     CHOICES,
@@ -151,8 +151,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"revise ({args.revise}) must be 0, or the number of rounds")
     if args.out_format == "sft" and not args.revise:
         raise ValueError("out_format sft is of revisions: give --revise N")
-    if args.max_new_tokens < 1 or args.temperature < 0.0:
-        raise ValueError("max_new_tokens must be at least 1, temperature at least 0")
+    check_positive(args, "max_new_tokens", "tokens_at_once")
+    if args.temperature < 0.0:
+        raise ValueError(f"temperature ({args.temperature}) must be at least 0")
+    check_out(args.out, *args.data, args.constitution)
 
 
 def _check_prompts(

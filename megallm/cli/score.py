@@ -1,24 +1,49 @@
 """`megallm score --model REWARD --data F.jsonl`: what a reward model thinks of responses.
 
 A record of comparisons (chosen and rejected, or ranked responses) gets a score for each response, any other one for its
-last answer. Scores are those at the token that ends the answer, less the calibration's mean.
+last answer, written in the record's own order. Scores are those at the token that ends the answer, less the
+calibration's mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
-from megallm.cli.inference import InferenceJob, add_model_arguments, open_job, write_jsonl
-from megallm.data.conversation import Dropped
+from megallm.cli.inference import (
+    InferenceJob,
+    add_model_arguments,
+    check_out,
+    check_positive,
+    open_job,
+    write_jsonl,
+)
 from megallm.data.convert import conversations, preferences, rankings
 from megallm.data.examples import comparison_groups, conversation_examples, ended
 from megallm.data.finetune_data import open_template
-from megallm.data.records import check_format, read_records
+from megallm.data.masks import TokenIds
+from megallm.data.records import COMPARED, kind_of, place, read_records
 from megallm.data.tokenizer import Tokenizer
 from megallm.trainers.scores import Calibration, read_calibration, score_responses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What is scored of a record."""
+
+    sequences: tuple[TokenIds, ...]
+    """A response each, with its prompt; the one that the record calls best first."""
+    order: tuple[int, ...]
+    """Their places in the record."""
+
+    def as_written(self, scores: Sequence[float]) -> dict[str, float | list[float]]:
+        """The line for scores of `sequences`."""
+        if len(scores) == 1:
+            return {"score": scores[0]}
+        return {"scores": [score for _, score in sorted(zip(self.order, scores, strict=True))]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Callable[[], int]:
     """Checks everything, then returns what computes and prints."""
+    check_out(args.out, *args.data)
+    check_positive(args, "tokens_at_once")
     job = open_job(args)
     if job.source.config.head != "scalar":
         raise ValueError(f"--model {args.model} is a language model: train a reward model on it (examples/reward.py)")
@@ -42,43 +69,50 @@ def run(args: argparse.Namespace) -> Callable[[], int]:
     if tokenizer is None:
         raise ValueError("the model has no tokenizer.json beside it: give one with --tokenizer")
     rows = read_rows(args, job, tokenizer)
-    calibration = Calibration()
-    if job.source.kind == "checkpoint" and job.source.path is not None and not args.raw:
-        calibration = read_calibration(job.source.path)
+    calibration = Calibration() if args.raw or job.source.path is None else read_calibration(job.source.path)
 
     def work() -> int:
         engine = job.start()
-        flat = score_responses(engine, [ids for row in rows for ids in row], tokens_at_once=args.tokens_at_once)
+        sequences = [ids.tolist() for row in rows for ids in row.sequences]
+        flat = score_responses(engine, sequences, tokens_at_once=args.tokens_at_once)
         scores = iter(score - calibration.mean for score in flat)
-        found = [[next(scores) for _ in row] for row in rows]
+        found = [[next(scores) for _ in row.sequences] for row in rows]
         if engine.mesh.world.rank == 0:
             if args.out:
-                write_jsonl(args.out, ({"scores": each} if len(each) > 1 else {"score": each[0]} for each in found))
+                write_jsonl(args.out, (row.as_written(each) for row, each in zip(rows, found, strict=True)))
             print(summary(found))
         return 0
 
     return work
 
 
-def read_rows(args: argparse.Namespace, job: InferenceJob, tokenizer: Tokenizer) -> list[list[Any]]:
-    """The sequences of each record. ValueError if one cannot be scored."""
+def read_rows(args: argparse.Namespace, job: InferenceJob, tokenizer: Tokenizer) -> list[Row]:
+    """One of each record. ValueError if one cannot be scored."""
     records = read_records(args.data)
     template = open_template(args.template, tokenizer, job.source.directory)
-    kind = check_format(records[0], args.data_format) if records else "text"
-    if kind in ("preference", "ranking"):
+    kind = kind_of(records, args.data_format)
+    unlimited = sys.maxsize  # what is too long is told below, by this program's flag
+    if kind in COMPARED:
         read = preferences if kind == "preference" else rankings
         compared, dropped = read(records, data_format=kind)  # type: ignore[operator]
-        groups, left_out = comparison_groups(
-            compared, tokenizer, template, max_length=args.seq_length, overflow="refuse"
-        )
-        rows = [[each.input_ids for each in group.examples] for group in groups]
+        groups, dropped = comparison_groups(compared, tokenizer, template, max_length=unlimited, dropped=dropped)
+        rows = [
+            Row(
+                sequences=tuple(each.input_ids for each in group.examples),
+                order=group.order or tuple(range(len(group.examples))),
+            )
+            for group in groups
+        ]
     else:
         made, dropped = conversations(records, data_format=args.data_format)
-        examples, left_out = conversation_examples(
-            made, tokenizer, template, max_length=args.seq_length, construction="last-turn", overflow="refuse"
+        examples, dropped = conversation_examples(
+            made, tokenizer, template, max_length=unlimited, construction="last-turn", dropped=dropped
         )
-        rows = [[ended(each).input_ids] for each in examples]
-    _require_all(dropped, left_out)
+        rows = [Row(sequences=(ended(each).input_ids,), order=(0,)) for each in examples]
+    if dropped.total:
+        raise ValueError(f"every record must have a score, but {dropped}: take them out of the data")
+    for record, row in zip(records, rows, strict=True):
+        _check_length(place(record), max(map(len, row.sequences)), args.seq_length, job)
     return rows
 
 
@@ -95,7 +129,15 @@ def summary(found: Sequence[Sequence[float]]) -> str:
     return line
 
 
-def _require_all(*dropped: Dropped) -> None:
-    for each in dropped:
-        if each.total:
-            raise ValueError(f"every record must have a score, but {each}: take them out of the data")
+def _check_length(where: str, tokens: int, seq_length: int, job: InferenceJob) -> None:
+    config = job.source.config
+    if tokens > seq_length:
+        raise ValueError(
+            f"{where}: a response with its prompt has {tokens} tokens, more than seq_length ({seq_length}): raise it, "
+            "or take the record out of the data"
+        )
+    if config.position_embedding == "learned" and tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"{where}: a response with its prompt has {tokens} tokens, but the model has learned "
+            f"{config.max_position_embeddings} positions: take the record out of the data"
+        )

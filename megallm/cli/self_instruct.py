@@ -14,8 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megallm.cli.inference import add_model_arguments, open_job, write_jsonl
+from megallm.cli.inference import add_model_arguments, check_out, check_positive, open_job, write_jsonl
 from megallm.cli.judge import open_chat
+from megallm.config.serialize import from_plain
 from megallm.data.chat_model import ChatModel
 from megallm.data.records import read_records
 from megallm.data.seed_tasks import seed_tasks
@@ -54,11 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Callable[[], int]:
     """Checks everything, then returns what generates and writes."""
-    for name in ("num", "max_rounds", "prompts_per_round", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} ({getattr(args, name)}) must be at least 1")
-    if not 0.0 < args.rouge <= 1.0 or args.temperature < 0.0:
-        raise ValueError(f"rouge ({args.rouge}) must be above 0 and at most 1, temperature at least 0")
+    check_positive(args, "num", "max_rounds", "prompts_per_round", "max_new_tokens")
+    if not 0.0 < args.rouge <= 1.0:
+        raise ValueError(f"rouge ({args.rouge}) must be above 0 and at most 1")
+    if args.temperature < 0.0:
+        raise ValueError(f"temperature ({args.temperature}) must be at least 0")
+    check_out(args.out, *(args.seeds or []))
     job = open_job(args)
     chat = open_chat(args, job, "text")
     where = " ".join(args.seeds or ["the built-in seeds"])
@@ -74,8 +76,7 @@ def run(args: argparse.Namespace) -> Callable[[], int]:
     def work() -> int:
         engine = job.start()
         world = engine.mesh.world
-        found = json.loads(broadcast_text(json.dumps(stored), world, engine.mesh.device, src=0))
-        progress = Progress(found["rounds"], [Task(**task) for task in found["kept"]], found["dropped"])
+        progress = _progress(json.loads(broadcast_text(json.dumps(stored), world, engine.mesh.device, src=0)))
         complete = completer(engine, chat, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
         while len(progress.kept) < args.num and progress.rounds < args.max_rounds:
             run_round(progress, seeds, options, complete)
@@ -133,11 +134,26 @@ def _settings(args: argparse.Namespace, seeds: Sequence[Task]) -> dict[str, Any]
 def _read_progress(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not file.is_file():
         return {"rounds": 0, "kept": [], "dropped": {}}
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    other = [name for name in settings if found["settings"].get(name) != settings[name]]
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        _progress(found)
+        other = [name for name in settings if found["settings"].get(name) != settings[name]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as the progress of a run ({type(error).__name__}: {error}): delete it to start "
+            "anew, or choose another --out"
+        ) from error
     if other:
         raise ValueError(f"{file} is of a run with another {other[0]}: delete it, or choose another --out")
     return found
+
+
+def _progress(stored: dict[str, Any]) -> Progress:
+    """ValueError, KeyError, TypeError or AttributeError if that is not what it holds."""
+    rounds, dropped = stored["rounds"], dict(stored["dropped"])
+    if any(type(count) is not int for count in (rounds, *dropped.values())):
+        raise ValueError("rounds and dropped must be whole numbers")
+    return Progress(rounds, [from_plain(Task, task) for task in stored["kept"]], dropped)
 
 
 def _write(file: Path, text: str) -> None:

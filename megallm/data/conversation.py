@@ -63,6 +63,8 @@ class Ranking:
     """Best first."""
     scores: tuple[float, ...] | None = None
     """Descending, one a response; equal ones say nothing about which is better. None = no two are equally good."""
+    order: tuple[int, ...] | None = None
+    """The place of each of `responses` in the record; None = they stand as there."""
     where: str = field(default="", compare=False)
 
     @property

@@ -40,6 +40,8 @@ _ROLES = {
 }
 _HUMAN_ASSISTANT = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
 """The turns of the texts of hh-rlhf."""
+_LARGEST = 3.4e38
+"""That fp32 holds, which margins are kept in."""
 
 Row = Mapping[str, Any]
 Made = TypeVar("Made")
@@ -199,31 +201,28 @@ def _ranking(record: Row) -> Ranking:
         raise Unusable("fewer than two responses")
     if len(set(responses)) < len(responses):
         raise Unusable("two equal responses")
-    scores = None
+    scores, order = None, None
     if record.get("scores") is not None:
         given = [_number(value, record, "scores") for value in _items(record, "scores")]
         if len(given) != len(responses):
             raise ValueError(f"{place(record)}: {len(responses)} responses but {len(given)} scores: give one each")
         if len(set(given)) == 1:
             raise Unusable("all responses scored alike")
-        order = sorted(range(len(given)), key=lambda index: -given[index])
+        order = tuple(sorted(range(len(given)), key=lambda index: -given[index]))
         responses, scores = [responses[index] for index in order], tuple(given[index] for index in order)
     return Ranking(
         check_prompt(_prompt_messages(record)),
         tuple(responses),
         scores=scores,
+        order=order,
         where=_where(record),
     )
 
 
 def _margin(record: Row) -> float | None:
-    if record.get("margin") is not None:
-        margin = _number(record["margin"], record, "margin")
-    elif record.get("score_chosen") is not None and record.get("score_rejected") is not None:
-        margin = _number(record["score_chosen"], record, "score_chosen")
-        margin -= _number(record["score_rejected"], record, "score_rejected")
-    else:
+    if record.get("margin") is None:
         return None
+    margin = _number(record["margin"], record, "margin")
     if margin < 0:
         raise Unusable("rejected scored above chosen")
     return margin
@@ -332,8 +331,10 @@ def _items(record: Row, key: str, *, optional: bool = False) -> list[Any]:
 
 
 def _number(value: Any, record: Row, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{place(record)}: {key} must hold numbers, this is {value!r}")
+    if not abs(value) <= _LARGEST:  # NaN too
+        raise ValueError(f"{place(record)}: {key} must hold finite numbers of at most {_LARGEST:g}, this is {value!r}")
     return float(value)
 
 

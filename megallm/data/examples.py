@@ -64,6 +64,8 @@ class Group:
     """Their places, 0 the best; equal ones are not compared."""
     margin: float | None = None
     """How much better the first one is, where the data say it."""
+    order: tuple[int, ...] | None = None
+    """The place of each example's answer in the record; None = they stand as there."""
 
 
 def conversation_examples(
@@ -75,32 +77,34 @@ def conversation_examples(
     construction: Construction = "all-turns",
     train_on: TrainOn = "answers",
     overflow: Overflow = "truncate",
+    dropped: Dropped | None = None,
 ) -> tuple[list[Example], Dropped]:
     """The examples of conversations, in order, and what was left out.
 
     Without a template a conversation is a prompt and a completion, taken as they are; a text alone is so with a
     template too. `train_on` full: every token is a target. `overflow`: what becomes of longer examples; cut at the end
-    they keep the labels of what is left, and no end mark is put where nothing ended."""
+    they keep the labels of what is left, and no end mark is put where nothing ended. `dropped`: what was left out
+    before, counted on."""
     _check_choice("construction", construction, CONSTRUCTIONS)
     _check_choice("train_on", train_on, TRAIN_ON)
     _check_fit(max_length, overflow)
     _say_if_nothing_ends(template)
     examples: list[Example] = []
-    dropped = Dropped()
+    left_out = Dropped() if dropped is None else dropped
 
     def sources(conversation: Conversation) -> list[Source]:
         return _conversation_sources(conversation, tokenizer, template, construction)
 
-    for conversation, made in _encode(conversations, sources, tokenizer, dropped):
+    for conversation, made in _encode(conversations, sources, tokenizer, left_out):
         for example in made:
             if train_on == "full":
                 example = replace(example, is_trained=np.arange(len(example)) > 0)
             try:
                 examples.append(fit(example, max_length, overflow=overflow, where=conversation.where))
             except Unusable as reason:
-                dropped.add_row(reason, conversation.where)
-    dropped.require(len(examples), "conversation")
-    return examples, dropped
+                left_out.add_row(reason, conversation.where)
+    left_out.require(len(examples), "conversation")
+    return examples, left_out
 
 
 def comparison_groups(
@@ -110,30 +114,33 @@ def comparison_groups(
     *,
     max_length: int,
     overflow: Overflow = "truncate",
+    dropped: Dropped | None = None,
 ) -> tuple[list[Group], Dropped]:
     """The answers of each preference or ranking, each trained from the end of the prompt to its own end, and what was
-    left out: a row goes as a whole."""
+    left out: a row goes as a whole. `dropped`: what was left out before, counted on."""
     _check_fit(max_length, overflow)
     _say_if_nothing_ends(template)
     groups: list[Group] = []
-    dropped = Dropped()
+    left_out = Dropped() if dropped is None else dropped
 
     def sources(row: Preference | Ranking) -> list[Source]:
         start = len(row.prompt)
         return [_source(row.prompt + answer, start, row.where, tokenizer, template) for answer in _answers(row)]
 
-    for row, made in _encode(rows, sources, tokenizer, dropped):
+    for row, made in _encode(rows, sources, tokenizer, left_out):
         try:
             fitted = [fit(ended(each), max_length, overflow=overflow, where=row.where) for each in made]
             if len({example.input_ids.tobytes() for example in fitted}) < len(fitted):
                 raise Unusable("two answers equal within max_length")
         except Unusable as reason:
-            dropped.add_row(reason, row.where)
+            left_out.add_row(reason, row.where)
             continue
-        ranks, margin = (row.ranks, None) if isinstance(row, Ranking) else ((0, 1), row.margin)
-        groups.append(Group(examples=tuple(fitted), ranks=ranks, margin=margin))
-    dropped.require(len(groups), "comparison")
-    return groups, dropped
+        if isinstance(row, Ranking):
+            groups.append(Group(examples=tuple(fitted), ranks=row.ranks, order=row.order))
+        else:
+            groups.append(Group(examples=tuple(fitted), ranks=(0, 1), margin=row.margin))
+    left_out.require(len(groups), "comparison")
+    return groups, left_out
 
 
 def prompt_ids(

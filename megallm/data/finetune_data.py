@@ -21,7 +21,7 @@ from megallm.data.examples import Group, comparison_groups, conversation_example
 from megallm.data.finetune import PairDataset, SftDataset
 from megallm.data.masks import Example
 from megallm.data.permutation import hash_ints, permutation
-from megallm.data.records import check_format, read_records
+from megallm.data.records import kind_of, read_records
 from megallm.data.show import summary_line
 from megallm.data.templates import TEMPLATES
 from megallm.data.tokenizer import Tokenizer
@@ -83,12 +83,10 @@ def sft_data(
 
     def examples(records: Records) -> tuple[list[Example], Dropped]:
         made, dropped = conversations(records, data_format=config.data_format)
-        found, left_out = conversation_examples(
+        return conversation_examples(
             made, tokenizer, template, max_length=seq_length, construction=options.construction,
-            train_on=options.train_on, overflow=config.overflow,
+            train_on=options.train_on, overflow=config.overflow, dropped=dropped,
         )  # fmt: skip
-        dropped.update(left_out)
-        return found, dropped
 
     train, valid, notes = _both(config, examples, _embedded_conversations, seed=seed, describe=summary_line)
     padded = _multiple(multiple, seq_length)
@@ -117,15 +115,13 @@ def comparison_data(
     template = open_template(config.template, tokenizer, model)
 
     def groups(records: Records) -> tuple[list[Group], Dropped]:
-        kind = check_format(records[0], config.data_format) if records else "preference"
+        kind = kind_of(records, config.data_format) if records else "preference"
         if kind == "ranking" and only_pairs:
             raise ValueError("pairs are needed (chosen and rejected), this is ranking: train a reward model on it")
         rows, dropped = (rankings if kind == "ranking" else preferences)(records, data_format=kind)
-        found, left_out = comparison_groups(
-            rows, tokenizer, template, max_length=seq_length, overflow=config.overflow
+        return comparison_groups(
+            rows, tokenizer, template, max_length=seq_length, overflow=config.overflow, dropped=dropped
         )
-        dropped.update(left_out)
-        return found, dropped
 
     def describe(found: Sequence[Group], dropped: Dropped) -> str:
         answers = [example for group in found for example in group.examples]

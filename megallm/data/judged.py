@@ -15,7 +15,7 @@ from megallm.data.conversation import Dropped, Messages
 from megallm.data.convert import conversations, preferences, prompts, rankings
 from megallm.data.records import FORMATS, Record, check_format, place
 
-_OLD_LABELS = ("margin", "score_chosen", "score_rejected", "scores")
+_OLD_LABELS = ("margin", "scores")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -216,7 +216,7 @@ def text_source(messages: Messages, tokenizer: Tokenizer, *, where: str = "") ->
         place = f"{where}: " if where else ""
         raise ValueError(
             f"{place}a conversation of {len(messages)} messages ({', '.join(m.role for m in messages)}) needs a chat "
-            "template: choose one with --chat-template, e.g. chatml; only a prompt and a completion do without"
+            "template: choose one with --template, e.g. chatml; only a prompt and a completion do without"
         )
     if tokenizer.eos_id is None:
         raise ValueError(

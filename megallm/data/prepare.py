@@ -135,7 +135,7 @@ def choose_tokenizer(
         every_text = [*texts, *(source for source in valid_sources if source.kind != "tokens")]
         return _cached_tokenizer(every_text, cache, vocab_size=None)
     if name is not None and name != "chars":
-        return Tokenizer.from_path(name)
+        return Tokenizer.from_path(name, also="; or `bytes`, or `chars`")
     if model_tokenizer is not None and name is None:
         return model_tokenizer
     beside = [file for file in map(tokenizer_file, sources) if file is not None]

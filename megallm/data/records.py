@@ -4,7 +4,7 @@
     sharegpt            conversations: a list of {from, value} (system)
     messages            messages: a list of {role, content}
     prompt_completion   prompt, completion: texts, or lists of messages
-    preference          chosen, rejected: texts or lists of messages (prompt, margin, score_chosen, score_rejected)
+    preference          chosen, rejected: texts or lists of messages (prompt, margin)
     ranking             prompt, responses: best first (scores)
     text                text: taken as it is, no template
 
@@ -30,6 +30,8 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 """The keys that a record of each format must have."""
+COMPARED = ("preference", "ranking")
+"""Formats of several responses to one prompt."""
 
 
 class Record(dict[str, Any]):
@@ -92,6 +94,21 @@ def check_format(record: Mapping[str, Any], data_format: str | None) -> str:
     return data_format
 
 
+def kind_of(records: Sequence[Mapping[str, Any]], data_format: str | None) -> str:
+    """The format of records that are compared, all of one, or that of the first of others. ValueError for records that
+    compare responses beside others, with the place of both."""
+    first = check_format(records[0], data_format)
+    for record in records if data_format is None else ():
+        if first in COMPARED and all(key in record for key in FORMATS[first]):
+            continue
+        own = detect_format(record)
+        if own != first and (own in COMPARED or first in COMPARED):
+            raise ValueError(
+                f"{place(record)} is a {own} record, {place(records[0])} is a {first} record: give one kind at a time"
+            )
+    return first
+
+
 def _matching(record: Mapping[str, Any]) -> list[str]:
     found = [name for name, needed in FORMATS.items() if all(key in record for key in needed)]
     return [name for name in found if name != "text"] or found
@@ -141,6 +158,8 @@ def _parse(raw: bytes, *, where: str, hint: str) -> Any:
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if hint else ""
         raise ValueError(f"{where}{line}: not JSON ({error.msg}, column {error.colno}){hint}") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise ValueError(f"{where}: a number that cannot be read ({error})") from error
     except RecursionError as error:
         raise ValueError(f"{where}: JSON nested too deeply") from error
 

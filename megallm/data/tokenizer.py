@@ -73,16 +73,16 @@ class Tokenizer:
         """The texts that become one id of their own wherever they stand, marked as special in the file."""
 
     @classmethod
-    def from_path(cls, path: str | os.PathLike[str]) -> Tokenizer:
+    def from_path(cls, path: str | os.PathLike[str], *, also: str = "") -> Tokenizer:
         """Read a tokenizer.json, or the one in a directory, with the special ids that the files beside it name:
         tokenizer_config.json, else generation_config.json, else config.json. FileNotFoundError if there is none,
-        ValueError if it is not a tokenizer."""
+        ValueError if it is not a tokenizer. `also`: what else may be given, to be said where there is none."""
         file = Path(path)
         if file.is_dir():
             file = file / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(
-                f"no tokenizer at {file}: give a tokenizer.json, a directory that holds one, `bytes` or `chars`"
+                f"no tokenizer at {file}: give a tokenizer.json, or a directory that holds one{also}"
             )
         try:
             inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ matplotlib is imported only here and only when something is drawn; the Agg canva
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,15 @@ def plot_loss(
     runs = {name: _Run(read_metrics(path), path) for name, path in _named(metrics).items()}
     with canvas(out_png, (7.2, 4.8)) as figure:
         _draw(figure, runs, title, loss_name)
+
+
+@contextmanager
+def drawing(warn: Callable[[str], None]) -> Iterator[None]:
+    """Around what draws a finished run: `warn` is told why there is no picture, and the program goes on."""
+    try:
+        yield
+    except ValueError as error:
+        warn(f"no picture: {error}")
 
 
 @contextmanager

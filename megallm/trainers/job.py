@@ -33,7 +33,7 @@ from megallm.model.counts import parameter_counts
 from megallm.model.fp8 import check_fp8
 from megallm.model.fused import check_backends, check_names
 from megallm.monitor.memory_table import format_memory_table
-from megallm.monitor.plots import plot_loss
+from megallm.monitor.plots import drawing, plot_loss
 from megallm.monitor.preference_plots import plot_preferences
 from megallm.ops.backends import Backends
 from megallm.ops.fp8 import fp8_recipe
@@ -251,24 +251,23 @@ def _what_a_sample_is(plan: JobPlan) -> str:
 def _conclude(plan: JobPlan, engine: Engine, log: Log, outputs: Outputs) -> None:
     if engine.mesh.world.rank != 0 or outputs.metrics is None or not outputs.metrics.is_file():
         return
-    plot, title = outputs.metrics.with_name("loss.png"), f"{plan.config.family}, {plan.run.train.steps} steps"
-    try:
-        _plot(plan, outputs.metrics, plot, title=title, log=log)
-    except ValueError as error:  # no matplotlib, or not one loss that is a number
-        log.warning(f"no plot: {error}")
     if outputs.checkpoints is not None and plan.tokenizer is not None:
         plan.tokenizer.save(outputs.checkpoints)
+    _plot(plan, outputs.metrics, log)
     log.info(f"metrics     {outputs.metrics}")
     if outputs.checkpoints is not None:
         log.info(f"checkpoint  {sharded.latest(outputs.checkpoints)}")
 
 
-def _plot(plan: JobPlan, metrics: Path, plot: Path, *, title: str, log: Log) -> None:
-    if plan.rows_per_sample == 1:
-        plot_loss(metrics, plot, title=title)
-    else:
-        plot_loss(metrics, plot, title=title, loss_name="loss, mean over prompts")
-        preferences = metrics.with_name("preferences.png")
-        plot_preferences(metrics, preferences, title=title)
-        log.info(f"preferences {preferences}")
-    log.info(f"loss plot   {plot}")
+def _plot(plan: JobPlan, metrics: Path, log: Log) -> None:
+    plot, preferences = metrics.with_name("loss.png"), metrics.with_name("preferences.png")
+    title = f"{plan.config.family}, {plan.run.train.steps} steps"
+    compares = plan.rows_per_sample > 1
+    loss_name = "loss, mean over prompts" if compares else "loss (nats per token)"
+    with drawing(log.warning):
+        plot_loss(metrics, plot, title=title, loss_name=loss_name)
+        log.info(f"loss plot   {plot}")
+    if compares:
+        with drawing(log.warning):
+            plot_preferences(metrics, preferences, title=title)
+            log.info(f"preferences {preferences}")

@@ -10,6 +10,7 @@ from megallm.checkpoint import sharded
 from megallm.config.check_finetune import check_reward
 from megallm.config.finetune import RewardConfig
 from megallm.data.finetune import PairDataset
+from megallm.monitor.plots import drawing
 from megallm.monitor.preference_plots import calibration_error, plot_calibration
 from megallm.runtime.environment import LaunchInfo
 from megallm.runtime.logging import Log
@@ -69,9 +70,10 @@ def _draw_calibration(valid: PairDataset, engine: Engine, picture: Path, log: Lo
     for _, ranks in groups:
         scored = [(next(scores), rank) for rank in ranks]
         differences += [better - worse for better, i in scored for worse, j in scored if i < j]
-    if engine.mesh.world.rank == 0:
-        plot_calibration(differences, picture, title=f"{len(differences)} held-out pairs")
     accuracy = sum(each > 0 for each in differences) / len(differences)
     error = calibration_error(differences)
     log.info(f"held out    {len(differences)} pairs: {accuracy:.1%} in the right order, calibration error {error:.3f}")
-    log.info(f"calibration {picture}")
+    if engine.mesh.world.rank == 0:
+        with drawing(log.warning):
+            plot_calibration(differences, picture, title=f"{len(differences)} held-out pairs")
+            log.info(f"calibration {picture}")

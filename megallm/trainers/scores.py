@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from megallm.config.serialize import from_plain
 from megallm.parallel.collectives import all_reduce_
 from megallm.trainers.engine import Engine
 from megallm.trainers.evaluate import batches_of_similar_length
@@ -69,9 +70,14 @@ def write_calibration(checkpoint: Path, calibration: Calibration) -> None:
 
 
 def read_calibration(checkpoint: Path) -> Calibration:
-    """That of a checkpoint; one that changes nothing if it has none."""
+    """That of a checkpoint, or of a directory exported from one; one that changes nothing if it has none."""
     file = checkpoint / FILE
-    return Calibration(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else Calibration()
+    if not file.is_file():
+        return Calibration()
+    try:
+        return from_plain(Calibration, json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): copy it again, or give --raw for scores without it") from error
 
 
 def _rows(sequences: Sequence[Sequence[int]], multiple: int) -> Batch:
