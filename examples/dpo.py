@@ -16,7 +16,7 @@ __all__ = ["DEFAULTS", "add_arguments", "main"]
 
 DEFAULTS = DpoConfig(
     train=TrainConfig(steps=60, micro_batch_size=2, global_batch_size=8, seq_length=256, eval_every=20),
-    optim=OptimConfig(learning_rate=1e-4, warmup_steps=5, weight_decay=0.0),
+    optim=OptimConfig(learning_rate=2e-5, warmup_steps=5, weight_decay=0.0),
     checkpoint=CheckpointConfig(save="runs/dpo"),
 )
 

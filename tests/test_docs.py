@@ -52,7 +52,10 @@ NOT_RUN = {
     "torchrun --standalone --nproc-per-node 8 examples/pretrain_gpt.py --micro-batch-size 2": RANKS,
 }
 """Beginning of a command: why no test runs it."""
-PARSED_PAGES = {"shakespeare.md": "trains for minutes", "library.md": "run below, to compare what it prints"}
+PARSED_PAGES = {
+    "shakespeare.md": "trains for minutes", "preferences.md": "trains for minutes",
+    "library.md": "run below, to compare what it prints",
+}  # fmt: skip
 """Pages of which `test_commands_run` runs nothing: why."""
 
 
