@@ -13,13 +13,15 @@ tp, a microbatch:
     embedding               without SP: all-reduce forward; with SP: reduce-scatter, gather backward      2 T h f
     head                    a column layer: without SP 2 T h f; with SP gather, reduce-scatter, gather    3 T h f
     loss                    gathers 2 numbers a token from each rank, 2 T t in all                        2 T t f
+    both, in a microbatch   logits are made of the n tokens with labels alone, by who has gathered    2 T h f and
+    that lacks labels       all inputs and keeps them: backward gathers nothing again                     2 n t f
 tp, a step:
     gradients in common     one all-reduce of what tp ranks hold alike but compute in part: all norms and biases of
                             row layers under SP, q/k norms always, and K D H for k and for v a layer when t > K
     gradient norm           one number                                                                    2 f
 pp, a step, all ranks:      every boundary between stages, forward and backward (/ t with SP)   2 (p v - 1) m T h
                             gradient norm: one number on every rank                             p 2 (p-1)/p
-dp, a step:                 gradients of all local parameters, and the count of labels          2 (d-1)/d (n + 1)
+dp, a step:                 gradients of all local parameters, the counts of labels and tokens  2 (d-1)/d (n + 2)
 embedding, a step:          the tied embedding's gradient, on the ranks of the first and the last stage    V'/t h
 Nothing else moves: the total of each axis is the sum of its terms.
 """
@@ -31,7 +33,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from training_cases import BATCH, MODELS, SEQ, Case, make_engine, once, own_batch
+from training_cases import BATCH, MODELS, SEQ, Case, labelled, make_engine, once, own_batch
 
 from megallm.config.model import ModelConfig
 from megallm.testing.pool import run_ranks
@@ -67,12 +69,13 @@ TP_CASES = pytest.mark.parametrize("case", [c for c in CASES if c.tp > 1], ids=l
 PP_CASES = pytest.mark.parametrize("case", [c for c in CASES if c.pp > 1], ids=lambda case: case.name)
 
 
-def count_step(rank: int, world_size: int, cases: list[Case]) -> dict[str, dict[str, Any]]:
+def count_step(rank: int, world_size: int, cases: list[Case], has_all: bool) -> dict[str, dict[str, Any]]:
     """What this rank sent in one step, and the shape of what it holds, by the case's name."""
     found = {}
     for case in cases:
         engine = make_engine(case)
         batch = own_batch(0, engine.mesh)
+        batch = labelled(batch) if has_all else batch
         with engine.mesh.recorder.recording() as recorder:
             engine.train_step(batch, language_model_loss)
         stages = [engine.model.stage(i) for i in range(engine.mesh.pp.rank, engine.num_stages, engine.mesh.pp.size)]
@@ -81,6 +84,7 @@ def count_step(rank: int, world_size: int, cases: list[Case]) -> dict[str, dict[
             "bytes": {axis: recorder.bytes(axis) for axis in AXES},
             "sent": recorder.elements("pp", "send"),
             "sent_bytes": recorder.bytes("pp", "send"),
+            "labels": [int((part != -100).sum()) for part in batch["labels"].split(case.mbs)],
             "parameters": sum(p.numel() for p in engine.model.parameters()),
             "layers": sum(len(stage.layers) for stage in stages),
             "is_first": any(stage.is_first for stage in stages),
@@ -90,12 +94,12 @@ def count_step(rank: int, world_size: int, cases: list[Case]) -> dict[str, dict[
 
 
 @once
-def measured(world_size: int) -> list[dict[str, dict[str, Any]]]:
-    return run_ranks(count_step, world_size, [c for c in CASES if c.world_size == world_size])
+def measured(world_size: int, has_all: bool = True) -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(count_step, world_size, [c for c in CASES if c.world_size == world_size], has_all)
 
 
-def ranks_of(case: Case) -> list[dict[str, Any]]:
-    return [found[case.name] for found in measured(case.world_size)]
+def ranks_of(case: Case, *, has_all: bool = True) -> list[dict[str, Any]]:
+    return [found[case.name] for found in measured(case.world_size, has_all)]
 
 
 def uses_sp(case: Case) -> bool:
@@ -132,11 +136,12 @@ def tp_terms(case: Case, held: dict[str, Any]) -> dict[str, Fraction]:
     config, f = MODELS[case.model], Fraction(case.tp - 1, case.tp)
     sp, m, th = uses_sp(case), microbatches(case), tokens(case) * config.hidden_size
     per_layer = 8 + 2 * sp + 4 * (case.recompute == "full")
+    num_whole = sum(number == tokens(case) for number in held["labels"])
     return {
         "layers": held["layers"] * m * per_layer * th * f,
         "embedding": m * 2 * th * f * held["is_first"],
-        "head": m * (3 if sp else 2) * th * f * held["is_last"],
-        "loss": m * 2 * tokens(case) * case.tp * f * held["is_last"],
+        "head": (2 * m + sp * num_whole) * th * f * held["is_last"],
+        "loss": 2 * sum(held["labels"]) * case.tp * f * held["is_last"],
         "gradients in common": 2 * f * in_common(case, config, held),
         "gradient norm": 2 * f,
     }
@@ -144,8 +149,9 @@ def tp_terms(case: Case, held: dict[str, Any]) -> dict[str, Fraction]:
 
 @TP_CASES
 def test_tensor_parallel_traffic_is_the_sum_of_its_formulas(case: Case) -> None:
-    for held in ranks_of(case):
-        assert held["elements"]["tp"] == int(sum(tp_terms(case, held).values()))
+    for has_all in (True, False):
+        for held in ranks_of(case, has_all=has_all):
+            assert held["elements"]["tp"] == int(sum(tp_terms(case, held).values()))
 
 
 @TP_CASES
@@ -181,7 +187,7 @@ def test_a_rank_sends_forward_for_all_stages_but_the_last_and_backward_for_all_b
 def test_data_parallel_reduces_every_local_parameter_once(case: Case) -> None:
     for held in ranks_of(case):
         share = Fraction(2 * (case.dp - 1), case.dp)
-        assert held["elements"]["dp"] == int(share * (held["parameters"] + 1))
+        assert held["elements"]["dp"] == int(share * (held["parameters"] + 2))
 
 
 @IDS
@@ -205,9 +211,9 @@ def test_axes_of_size_one_and_the_world_carry_nothing(case: Case) -> None:
 def test_bf16_sends_activations_in_2_bytes_and_gradients_in_4(case: Case) -> None:
     for held in ranks_of(case):
         assert held["sent_bytes"] == 2 * held["sent"]
-        if case.dp > 1:  # the count of labels is int64
+        if case.dp > 1:  # the counts are int64
             share = Fraction(2 * (case.dp - 1), case.dp)
-            assert held["bytes"]["dp"] == int(share * (4 * held["parameters"] + 8))
+            assert held["bytes"]["dp"] == int(share * (4 * held["parameters"] + 16))
         if case.tp > 1:  # loss and common gradients fp32, the norm fp64
             sizes = {"loss": 4, "gradients in common": 4, "gradient norm": 8}
             terms = tp_terms(case, held)

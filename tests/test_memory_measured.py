@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_cases import BATCH, MODELS, SEQ, Case, make_engine, once, own_batch
+from training_cases import BATCH, MODELS, SEQ, Case, labelled, make_engine, once, own_batch
 
 from megallm.config.model import ModelConfig
 from megallm.config.numerics import NumericsConfig
@@ -93,7 +93,7 @@ def measure(rank: int, world_size: int, cases: list[Case]) -> dict[str, tuple[in
     for case in cases:
         engine = make_engine(case)
         with watch_memory(engine) as watch:
-            engine.train_step(own_batch(0, engine.mesh), language_model_loss)
+            engine.train_step(labelled(own_batch(0, engine.mesh)), language_model_loss)
         found[case.name] = (engine.mesh.pp.rank, watch.result())
     return found
 
@@ -234,7 +234,7 @@ def report_three_steps(rank: int, world_size: int) -> tuple[list[int], str, Meas
     counts = []
     for step in range(3):
         with report.step():
-            engine.train_step(own_batch(step, engine.mesh), language_model_loss)
+            engine.train_step(labelled(own_batch(step, engine.mesh)), language_model_loss)
         counts.append(len(tables))
     watch = watch_memory(engine)
     return counts, tables[0], watch.result(), largest(watch.result(), engine.mesh)

@@ -145,6 +145,11 @@ def own_batch(step: int, mesh: Mesh) -> dict[str, torch.Tensor]:
     return {name: tensor.chunk(mesh.dp.size)[mesh.dp.rank] for name, tensor in global_batch(step).items()}
 
 
+def labelled(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with a label at every place: what formulas of memory and traffic are for."""
+    return batch | {"labels": batch["input_ids"]}
+
+
 def train(engine: Engine, first: int, stop: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of the steps first .. stop-1."""
     curve = []

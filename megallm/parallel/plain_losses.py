@@ -93,13 +93,14 @@ class PlainHeadLogprobs(torch.autograd.Function):
             kept = own.logprobs if len(h) == len(hidden) else None
         norm = torch.cat([each for each in norms if each is not None]) if columns.tp.size > 1 else None
         logprobs, shift = _over_tp(norm, torch.cat(targets), columns.tp)
-        ctx.save_for_backward(hidden, weight, labels, shift, kept)
+        ctx.save_for_backward(hidden, weight, labels, shift)
         ctx.columns, ctx.sink, ctx.rows = columns, sink, rows
+        ctx.kept = kept  # not saved like the others, so that backward can let it go
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        hidden, weight, labels, shift, kept = ctx.saved_tensors
+        hidden, weight, labels, shift = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dhidden = torch.empty_like(hidden) if needs_hidden else None
 
@@ -107,9 +108,12 @@ class PlainHeadLogprobs(torch.autograd.Function):
             for first in range(0, len(hidden), ctx.rows):
                 part = slice(first, first + ctx.rows)
                 h, y = hidden[part], labels[part]
-                logprobs = _own_columns(h @ weight.t(), y, ctx.columns).logprobs if kept is None else kept
+                logprobs, ctx.kept = ctx.kept, None
+                if logprobs is None:
+                    logprobs = _own_columns(h @ weight.t(), y, ctx.columns).logprobs
                 own_shift = None if shift is None else shift[part]
                 dlogits = _gradient_(logprobs, own_shift, y, grad[part], ctx.columns).to(h.dtype)
+                del logprobs
                 if dhidden is not None:
                     torch.mm(dlogits, weight, out=dhidden[part])
                 yield dlogits, h
