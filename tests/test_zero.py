@@ -9,7 +9,7 @@ microbatches; n parameters of this rank with padding, N shards, f = (N-1)/N):
                 backward, embedding and head for forward                       m (n + 2 layers + rest) f
                 less the first layer, which the next microbatch finds still there   - (m - 1) first f
                 kept until the update: every parameter once                                (m + 1) n f
-    and         the gradient norm and the count of labels, one number each                         4 f
+    and         the gradient norm, the counts of labels and of tokens, one number each             6 f
 """
 
 from __future__ import annotations
@@ -126,10 +126,10 @@ def test_traffic_is_the_paper_s(case: Case) -> None:
         else:
             sent = m * (n + 2 * held["layers"] + rest + held["tied"])
             if case.pp > 1:  # what is found still there depends on the schedule
-                assert int(share * (m * n + 4)) < held["elements"] <= int(share * (sent + 4))
+                assert int(share * (m * n + 6)) < held["elements"] <= int(share * (sent + 6))
                 continue
             sent -= (m - 1) * held["first"]
-        assert held["elements"] == int(share * (sent + 4))
+        assert held["elements"] == int(share * (sent + 6))
         assert held["whole"] <= n < 1.02 * held["whole"], "padding"
 
 
