@@ -1,8 +1,8 @@
 """Kernels and training steps on one GPU, beside peers, in one run: `make bench-gpu`.
 
 In this order, as far as the time budget reaches: what the GPU can do (copy, matrix product); every op and every row of
-the launch tables against fp64; every op timed beside its peers, forward, backward and both; whole training steps; the
-demands, met or not met. Rows go to results/gpu.csv as they come, a log line each.
+the launch tables against fp64; every op timed beside its peers, forward, backward and both; decoding; whole training
+steps; the demands, met or not met. Rows go to results/gpu.csv as they come, a log line each.
 
     python benchmarks/gpu.py                                    everything
     python benchmarks/gpu.py --check-only                       correctness
@@ -29,8 +29,8 @@ from gpu_parts.rows import BAD, UNKNOWN, row, run_facts  # noqa: E402  (the path
 
 SHARES: dict[str, float] = {
     "ceilings": 12, "check": 75, "rms_norm": 45, "rope": 12, "activation": 12, "attention": 50, "cross_entropy": 20,
-    "adamw": 15, "linear_cross_entropy": 30, "train_1b": 130, "attention_more": 35, "moe": 20, "layer_norm": 30,
-    "geglu": 15, "train_3b": 110,
+    "adamw": 15, "linear_cross_entropy": 30, "decode": 35, "train_1b": 130, "attention_more": 35, "moe": 20,
+    "layer_norm": 30, "geglu": 15, "train_3b": 110,
 }  # fmt: skip
 """Every section in order of importance, and how much of the time each may take; what one leaves, the next ones have.
 Estimates: nothing was measured yet."""

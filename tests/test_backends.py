@@ -300,6 +300,7 @@ def test_an_expected_scale_of_zero_does_not_spoil_the_gradient() -> None:
     ("op", "dtype", "size", "why"),
     [
         ("attention", torch.float32, 256, "at most 128"),
+        ("decode_attention", torch.float32, 256, "at most 128"),
         ("attention", torch.bfloat16, 256, None),
         ("attention", torch.float32, 128, None),
         ("layer_norm", torch.float32, 16384, "longest row is 8192"),

@@ -24,10 +24,15 @@ from gpu_parts.calls import Buffers, Case, CompileBudget, autograd_directions, d
 from gpu_parts.checks import CheckUnit
 from gpu_parts.clock import Clock, spread
 from gpu_parts.compare import bound, compare, poisoned
+from gpu_parts.decode import step_bytes
 from gpu_parts.measure import measure_contender
 from gpu_parts.place import Place, make_place
 from gpu_parts.rows import UNKNOWN, read_csv, row
+from gpu_parts.train import TINY
+from gpu_parts.train_worker import model_config
 from gpu_parts.worker import op_sections
+
+from megallm.parallel import Engine, Mesh
 
 PLACE = Place(device=torch.device("cpu"), tiny=True, seed=3)
 FACTS = {"date": "2026-01-01", "gpu": "NVIDIA H200", "driver": "580", "torch": "2.11.0", "triton": "3.6.0",
@@ -42,7 +47,7 @@ def run_gpu(out: Path, *arguments: str) -> tuple[int, list[dict[str, str]]]:
 
 @pytest.mark.slow
 def test_every_op_is_timed_beside_its_peers(tmp_path: Path) -> None:
-    code, rows = run_gpu(tmp_path, "--skip", "check,train_1b,train_3b")
+    code, rows = run_gpu(tmp_path, "--skip", "check,decode,train_1b,train_3b")
     assert code == 0
     ours = {(r["section"], r["op"]) for r in rows if r["contender"] == "triton" and r["status"] == "ok"}
     assert {section for section, _ in ours} == set(op_sections())
@@ -54,6 +59,23 @@ def test_every_op_is_timed_beside_its_peers(tmp_path: Path) -> None:
     timed = [r for r in rows if r["status"] == "ok" and r["section"] != "ceilings"]
     assert all(float(r["eager_us"]) > 0 and float(r["host_us"]) > 0 and r["of_ceiling"] for r in timed)
     assert (tmp_path / "gpu-verdicts.txt").read_text().count("\n") >= 18
+
+
+def test_decoding_is_timed_at_every_batch_with_graphs_and_without(tmp_path: Path) -> None:
+    code, rows = run_gpu(tmp_path, "--sections", "decode", "--only", "decode/torch")
+    assert code == 0 and {r["status"] for r in rows} == {"ok"}
+    assert [(r["case"], r["contender"]) for r in rows] == [
+        (f"tiny batch {batch}", f"megallm torch, {kind}") for batch in (1, 8, 32) for kind in ("graphs", "no graphs")
+    ]
+    assert all(float(r["tokens_per_s"]) > 0 and float(r["gb_per_s"]) > 0 for r in rows)
+    assert "decode, batch 32" in (tmp_path / "gpu-verdicts.txt").read_text()
+
+
+def test_bytes_of_a_decoding_step_are_weights_keys_and_values() -> None:
+    config = model_config(TINY)
+    model = Engine(config, Mesh.build(), train=False).model
+    parameters = sum(p.numel() for p in model.parameters()) - 101 * 32  # the embedding's rows are looked up
+    assert step_bytes(model, batch=3, length=10) == 4 * (parameters + 3 * 10 * 2 * 2 * 8 * 2)
 
 
 def test_every_row_carries_the_facts_of_its_run(tmp_path: Path) -> None:
@@ -265,7 +287,7 @@ def test_deadlines_share_the_budget_in_order() -> None:
     ends = gpu.deadlines(list(gpu.SHARES), started=1000.0, budget_s=460.0)
     assert list(ends.values()) == sorted(ends.values())
     assert ends["train_3b"] == pytest.approx(1000.0 + 460.0 - gpu.SPARE_S)
-    assert set(op_sections()) | {"ceilings", "check", "train_1b", "train_3b"} == set(gpu.SHARES)
+    assert set(op_sections()) | {"ceilings", "check", "decode", "train_1b", "train_3b"} == set(gpu.SHARES)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from training_cases import once
 
 from megallm.config.model import ModelConfig
 from megallm.config.parallel import ParallelConfig
-from megallm.generate.sampling import Sampling, next_tokens
+from megallm.generate.sampling import Sampling, choose
 from megallm.parallel.mesh import Mesh
 from megallm.testing.pool import run_ranks
 from megallm.testing.tiny import tiny_config
@@ -195,10 +195,10 @@ def test_samples_follow_the_softmax_of_the_logits(temperature: float) -> None:
 def test_a_token_of_probability_zero_is_never_drawn() -> None:
     logits = torch.full((500, 5), -torch.inf)
     logits[:, [1, 3]] = 0.0
-    drawn = next_tokens(
-        logits, Sampling(temperature=1.0), prompt_ids=list(range(500)), positions=torch.zeros(500, dtype=torch.int64)
-    )
+    keys, positions = torch.arange(500), torch.zeros(500, dtype=torch.int64)
+    drawn, logprobs = choose(logits, Sampling(temperature=1.0), keys=keys, positions=positions)
     assert set(drawn.tolist()) == {1, 3}
+    torch.testing.assert_close(logprobs, torch.full((500,), 0.5, dtype=torch.float64).log())
 
 
 @pytest.mark.parametrize(

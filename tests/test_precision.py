@@ -237,7 +237,7 @@ def test_bad_steps_in_a_row_that_ended_before_they_were_read_stop_the_run(
     engine, counter = make_engine(Case(model=UNTIED, mbs=8)), BadSteps(most_in_a_row=2)
     results = [engine.train_step(own_batch(i, engine.mesh), language_model_loss) for i in range(2)]
     for step, norm in enumerate([math.nan, math.inf, 1.0], start=1):
-        line = counter.look(step, results[0], {"grad_norm": norm} | loss_scale)
+        line = counter.look(step, results[0].grad_norm, {"grad_norm": norm} | loss_scale)
         assert bool(line) == (step < 3)
     with pytest.raises(RunStopped, match="2 steps in a row were not finite") as stopped:
         counter.check(3)

@@ -34,7 +34,20 @@ class Verdict:
 def judge(rows: Sequence[Row]) -> list[Verdict]:
     """Every demand; timed rows with status ok count."""
     good = [each for each in rows if each.get("status") == "ok" and each.get("section") != "check"]
-    return [*_shares(good), *_adamw(good), *_head(good), *_attention(good), *_peers(good), *_training(good)]
+    ops = [*_shares(good), *_adamw(good), *_head(good), *_attention(good)]
+    return [*ops, *_decode(good), *_peers(good), *_training(good)]
+
+
+def _decode(rows: Sequence[Row]) -> Iterator[Verdict]:
+    """The best of the contenders at each batch, of the peak memory bandwidth."""
+    for batch in (1, 8, 32):
+        own = [e for e in rows if e.get("section") == "decode" and str(e["case"]).endswith(f"batch {batch}")]
+        shares = [share for e in own if (share := _number(e, "of_ceiling")) is not None]
+        best = max(shares, default=None)
+        yield Verdict(
+            what=f"decode, batch {batch}", demanded=">= 60 % of memory bandwidth",
+            measured="" if best is None else f"{100 * best:.1f} %", is_met=None if best is None else best >= 0.6,
+        )  # fmt: skip
 
 
 def time_us(each: Row) -> float | None:

@@ -37,11 +37,11 @@ class CheckUnit:
 
 def check_units(place: Place) -> list[CheckUnit]:
     """All checks for this place, heavy ones spread out; kernel files must be imported."""
-    from gpu_parts import checks_attention, checks_losses, checks_moe, checks_pointwise, checks_update
+    from gpu_parts import checks_attention, checks_decode, checks_losses, checks_moe, checks_pointwise, checks_update
 
     groups = [
         module.units(place)
-        for module in (checks_attention, checks_pointwise, checks_losses, checks_update, checks_moe)
+        for module in (checks_attention, checks_decode, checks_pointwise, checks_losses, checks_update, checks_moe)
     ]
     longest = max(map(len, groups))
     return [group[i] for i in range(longest) for group in groups if i < len(group)]

@@ -15,6 +15,8 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
+from gpu_parts import checks_decode
+
 PACKAGE = "megallm_kernels"
 
 
@@ -124,6 +126,13 @@ def _attention_backward(module: Any, arch: int, num_sms: int) -> Iterator[Any]:
                 yield module.plan(arch, dim, **settings)
 
 
+def _decode_attention(module: Any, arch: int, num_sms: int) -> Iterator[Any]:
+    for dim in (64, 128, 256):
+        for element_bytes in (2, 4) if dim <= 128 else (2,):
+            settings = {"group": checks_decode.GROUP, "num_cells": checks_decode.NUM_CELLS}
+            yield module.plan(arch, dim, **settings, element_bytes=element_bytes)
+
+
 def _grouped_gemm(module: Any, arch: int, num_sms: int) -> Iterator[Any]:
     for rows in (1, 100_000):
         for element_bytes, aligned in ((2, True), (2, False), (4, True)):
@@ -138,6 +147,7 @@ _LISTERS: dict[str, Callable[[ModuleType, int, int], Iterator[Any]]] = {
     "adamw_plan": _adamw,
     "attention_forward": _attention,
     "attention_backward": _attention_backward,
+    "decode_attention": _decode_attention,
     "grouped_gemm": _grouped_gemm,
     "permute": _permute,
 }

@@ -30,7 +30,8 @@ FIELDS = (
 """Columns of gpu.csv. status: ok, failed (a wrong result), error (an exception), absent, skipped, crashed, hung.
 
 settings: the launch settings that a check ran with; launches: kernels of one optimizer step.
-of_ceiling: of the copy bandwidth for rows with gb_per_s, of the 8192^3 matrix product for rows with tflop_per_s.
+of_ceiling: of the copy bandwidth for rows with gb_per_s, of the 8192^3 matrix product for rows with tflop_per_s; in
+section decode, of the peak memory bandwidth that the GPU's maker gives.
 """
 UNKNOWN = "unknown"
 """What nobody could say: a GPU without a name, a commit without a repository."""

@@ -28,6 +28,7 @@ from gpu_parts.calls import OURS, Buffers, Case, CompileBudget
 from gpu_parts.ceilings import measure_ceilings
 from gpu_parts.checks import CheckUnit, check_units
 from gpu_parts.clock import Clock
+from gpu_parts.decode import ATTENTIONS, measure_decode
 from gpu_parts.measure import DeviceLost, check_device, log_line, measure_contender
 from gpu_parts.place import Place, make_place
 from gpu_parts.rows import JsonLines, Row, row
@@ -116,6 +117,11 @@ class Worker:
             elif section == "check":
                 for check in check_units(self._place):
                     yield Unit(key=check.key, section=section, run=partial(self._check, check))
+            elif section == "decode":
+                for attention in ATTENTIONS:
+                    key = f"decode/{attention}"
+                    if self._plan["only"] in key:
+                        yield Unit(key=key, section=section, run=partial(self._decode, attention))
             else:
                 for case in op_sections()[section](self._place):
                     if self._plan["only"] in case.key:
@@ -127,6 +133,12 @@ class Worker:
         rows = measure_ceilings(self._place, self._clock)
         names = ("gb_per_s", "tflop_per_s")
         self._plan["ceilings"] = {name: each[name] for each in rows for name in names if name in each}
+        self._release()
+        return rows
+
+    def _decode(self, attention: str) -> list[Row]:
+        self._release()
+        rows = measure_decode(self._place, attention)
         self._release()
         return rows
 

@@ -12,6 +12,7 @@ BACKENDS: Mapping[str, tuple[str, ...]] = {
     "rope": ("torch", "triton", "cuda"),
     "activation": ("torch", "triton"),
     "attention": ("torch", "triton", "flash-attn"),
+    "decode_attention": ("torch", "triton"),
     "cross_entropy": ("torch", "triton"),
     "linear_cross_entropy": ("torch", "triton"),
     "adamw": ("torch", "triton", "cuda", "apex", "cpu"),

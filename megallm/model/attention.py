@@ -58,14 +58,20 @@ class SelfAttention(nn.Module):
             self.k_norm = factory.replicated(f"{prefix}.k_norm.weight", (config.head_dim,), init="ones", partial=True)
 
     def forward(
-        self, x: torch.Tensor, context: TokenContext, rotary: tuple[torch.Tensor, torch.Tensor] | None
+        self,
+        x: torch.Tensor,
+        context: TokenContext,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        outputs: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [T', H]; rotary = cos and sin [T, D/2], None with learned positions."""
+        """x [T', H]; rotary = cos and sin [T, D/2], None with learned positions; outputs: see Block.forward."""
         qkv = project(self.qkv_proj, self.qkv_adapter, x, context)  # [T, (N + 2K) D / t]
         if self._recompute and torch.is_grad_enabled():
             mixed = checkpoint(self._mix, qkv, context, rotary, use_reentrant=False, preserve_rng_state=False)
         else:
             mixed = self._mix(qkv, context, rotary)
+        if outputs is not None:
+            mixed = mixed.index_select(0, outputs)
         return project(self.o_proj, self.o_adapter, mixed, context)
 
     def _mix(
@@ -75,26 +81,30 @@ class SelfAttention(nn.Module):
         config, backends = self._config, self._backends
         heads, kv_heads, dim = self._num_heads, self._num_kv_heads, config.head_dim
         qkv = qkv.view(qkv.size(0), heads + 2 * kv_heads, dim)
-        window = None if context.mask is not None else config.sliding_window
+        window = config.sliding_window
         keep = _dropout_keep(config, context, self._layer, self._first_head, heads)
-        if self.q_norm is None and context.cache is None and context.mask is None and keep is None:
+        if self.q_norm is None and context.cache is None and keep is None:
             return rotary_attention(
                 qkv, rotary, num_heads=heads, batch_size=context.batch_size, sliding_window=window,
                 documents=context.documents, in_place=not self._recompute, backends=backends,
             )  # fmt: skip
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
+        if self.q_norm is None and rotary is not None:
+            qk = rope(qk, *rotary, backends=backends)
+        q, k = qk.split([heads, kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, config.norm_eps, backends=backends)
             k = rms_norm(k, self.k_norm, config.norm_eps, backends=backends)
-        if rotary is not None:
-            q, k = rope(q, *rotary, backends=backends), rope(k, *rotary, backends=backends)
-        shape = (context.batch_size, context.seq_length, -1, dim)
-        q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+            if rotary is not None:
+                q, k = rope(q, *rotary, backends=backends), rope(k, *rotary, backends=backends)
         if context.cache is not None:
-            k, v = context.cache.update(self._layer, k, v)
+            out = context.cache.attend(self._layer, q, k, v)
+            if out is not None:
+                return out
+        q, k, v = (t.unflatten(0, (context.batch_size, context.seq_length)) for t in (q, k, v))
         keep = None if keep is None else keep.to(q.dtype)
         out = attention(
-            q, k, v, sliding_window=window, mask=context.mask, keep=keep, documents=context.documents, backends=backends
+            q, k, v, sliding_window=window, keep=keep, documents=context.documents, backends=backends
         )  # fmt: skip
         return out.view(-1, heads * dim)
 

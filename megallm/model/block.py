@@ -69,18 +69,29 @@ class Block(nn.Module):
         residual: torch.Tensor | None,
         context: TokenContext,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        outputs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, residual) -> (x, residual), each [T', H]; the hidden states are residual + x (None = 0)."""
+        """(x, residual) -> (x, residual), each [T', H]; the hidden states are residual + x (None = 0).
+
+        outputs: int64 [n], the tokens behind attention, which sees all; the result is [n, H]. Without dropout and
+        sequence parallelism.
+        """
         y, residual = self.input_layernorm.after(x, residual)
-        x = self._drop(self.self_attn(y, context, rotary), context, "attention_out")
+        if outputs is not None:
+            residual = residual.index_select(0, outputs)
+        x = self._drop(self.self_attn(y, context, rotary, outputs), context, "attention_out")
         y, residual = self.post_attention_layernorm.after(x, residual)
         return self._drop(self.mlp(y, context), context, "mlp_out"), residual
 
     def whole(
-        self, x: torch.Tensor, context: TokenContext, rotary: tuple[torch.Tensor, torch.Tensor] | None
+        self,
+        x: torch.Tensor,
+        context: TokenContext,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        outputs: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[T', H] -> [T', H]: the last addition included, so that one tensor is kept where a layer is recomputed."""
-        x, residual = self(x, None, context, rotary)
+        x, residual = self(x, None, context, rotary, outputs)
         return residual + x
 
     def _drop(self, x: torch.Tensor, context: TokenContext, place: str) -> torch.Tensor:

@@ -18,8 +18,11 @@ from megallm.parallel import random
 class Cache(Protocol):
     """Keys and values of earlier positions."""
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores k and v [B, S, K, D] of a layer; returns all that attention should see, [B, L, K, D]."""
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
+        """Stores k and v [T, K, D] of a layer; attention of q [T, N, D] to all that is stored, [T, N * D].
+
+        None if the tokens see each other only, as without a cache.
+        """
         ...
 
 
@@ -102,7 +105,7 @@ class TokenContext:
     """What attends to itself alone; None = whole sequences."""
     dropout: Dropout | None = None
     """None = no dropout (evaluation, or all rates 0)."""
+    outputs: torch.Tensor | None = None
+    """[n] int64, ascending: the tokens of which the last layer makes an output, where it can; None = all."""
     cache: Cache | None = None
     """Set while generating."""
-    mask: torch.Tensor | None = None
-    """[B or 1, 1, S, L] bool, true = visible; None = causal."""

@@ -30,6 +30,7 @@ def fused_cases(
         sizes["rope"] = config.head_dim
     sizes["activation"] = config.intermediate_size // tp
     if config.head == "lm":
+        sizes["decode_attention"] = config.head_dim
         sizes["linear_cross_entropy"] = sizes["cross_entropy"] = -(-config.vocab_size // tp)
     if lora is not None and lora.is_nf4:
         sizes["nf4"] = 0

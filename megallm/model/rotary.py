@@ -27,6 +27,11 @@ class RotaryTable:
         self._table = self._rows(0)
         self._last: tuple[int, int, torch.Tensor, torch.Tensor] | None = None
 
+    @property
+    def table(self) -> torch.Tensor:
+        """cos and sin [2, positions, D/2], as they are now."""
+        return self._table
+
     def lookup(self, context: TokenContext, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, D/2] of the microbatch's positions, all below num_positions."""
         if self._table.size(1) < num_positions:

@@ -107,17 +107,27 @@ class Stage(nn.Module):
         if self._rotary is not None:
             given = context.num_positions or max(self.config.max_position_embeddings, context.seq_length)
             rotary = self._rotary.lookup(context, context.seq_length if context.position_ids is None else given)
+        outputs = self._outputs(context)
         for layer, block in self.layers.items():
             presence.enter(f"{self.index}.{layer}")
+            kept = outputs if int(layer) == self.config.num_hidden_layers - 1 else None
             if self._recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(block.whole, x, context, rotary, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block.whole, x, context, rotary, kept, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, residual = block(x, residual, context, rotary)
+                x, residual = block(x, residual, context, rotary, kept)
             x, residual = presence.leave(f"{self.index}.{layer}", x, residual)
         if self.is_last:
             presence.enter(f"{self.index}.head")
-            return self._head(self.norm.after(x, residual)[0], context)
+            x = self.norm.after(x, residual)[0]
+            if outputs is not None:
+                x = x.new_zeros(context.batch_size * context.seq_length, x.size(1)).index_copy(0, outputs, x)
+            return self._head(x, context)
         return x if residual is None else residual + x
+
+    @property
+    def rotary_table(self) -> torch.Tensor | None:
+        """What this stage reads cos and sin from; None if it has no layers, or no rotary embedding."""
+        return None if self._rotary is None else self._rotary.table
 
     def units(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of each unit (see `Presence`), in the order of use; a tied embedding is in two."""
@@ -143,6 +153,15 @@ class Stage(nn.Module):
         if context.dropout is not None and context.dropout.noise:
             x = context.dropout.noisy(x, first_token=tp_rank * x.size(0), seq_length=context.seq_length)
         return drop_hidden(x, context, self.config.hidden_dropout, layer=-1, place="embedding", tp_rank=tp_rank)
+
+    def _outputs(self, context: TokenContext) -> torch.Tensor | None:
+        """The tokens behind the last layer's attention; None = all.
+
+        Under sequence parallelism ranks hold tokens, and dropout's masks are those of whole sequences: all.
+        """
+        if self._sequence_parallel or context.dropout is not None or not self.is_last or not self.layers:
+            return None
+        return context.outputs
 
     def _head(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor | VocabLogits:
         if self.config.head == "scalar":
@@ -182,7 +201,7 @@ class Transformer(nn.Module):
         """
         super().__init__()
         self.config, self.mesh, self.dtype = config, mesh, dtype
-        self.lora = lora
+        self.lora, self.backends = lora, backends
         self.sequence_parallel = mesh.tp.size > 1 if sequence_parallel is None else sequence_parallel
         self.num_stages = len(partition)
         factory = ParameterFactory(
@@ -227,6 +246,11 @@ class Transformer(nn.Module):
             if names is None or name in names:
                 initialize_(parameter.data, self.specs[name], seed=seed)
         return self
+
+    def rotary_tables(self) -> list[torch.Tensor]:
+        """The tables of this rank's stages; another one takes the place of a table that is too short."""
+        tables = (self.stage(int(index)).rotary_table for index in self.stages)
+        return [table for table in tables if table is not None]
 
     @property
     def has_adapters_off(self) -> bool:

@@ -37,7 +37,7 @@ def gated(gate_up: torch.Tensor, kind: Activation, *, backends: Backends = DEFAU
         from megallm_kernels.activation import activation as triton_activation
 
         return triton_activation(gate_up, kind, True)
-    return _Gated.apply(gate_up, kind)
+    return _Gated.apply(gate_up, kind) if torch.is_grad_enabled() else _gate(gate_up, kind)
 
 
 def _act(x: torch.Tensor, kind: Activation) -> torch.Tensor:
@@ -46,13 +46,17 @@ def _act(x: torch.Tensor, kind: Activation) -> torch.Tensor:
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
+def _gate(gate_up: torch.Tensor, kind: Activation) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _act(gate, kind).mul_(up)
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor, kind: Activation) -> torch.Tensor:  # type: ignore[override]
         ctx.save_for_backward(gate_up)
         ctx.kind = kind
-        gate, up = gate_up.chunk(2, dim=-1)
-        return _act(gate, kind).mul_(up)
+        return _gate(gate_up, kind)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]

@@ -3,7 +3,7 @@
     out = softmax(q k^T / sqrt(D) + mask) v        (Vaswani et al., arXiv 1706.03762)
 
     rotary_attention   from the packed qkv projection, rotary embedding included: training
-    attention          from q, k, v: with a cache, a mask, dropout, or norms of q and k in between
+    attention          from q, k, v: with a mask, dropout, or norms of q and k in between
 
 Letters: B batch, S query positions, L key positions, T = B S tokens, N query heads, K key/value heads, D head dim.
 """

@@ -117,6 +117,10 @@ def choose(case: Case, forced: str | None = None) -> Choice:
     return Choice(name=best, reason=", ".join(f"{n} {t:.0f} us" for n, t in sorted(times.items(), key=lambda x: x[1])))
 
 
+_LONGEST = {"rms_norm": 16384, "layer_norm": 16384, "attention": 256, "decode_attention": 256, "rope": 4096}
+"""Rows that the Triton and CUDA kernels take, at most."""
+
+
 def refusal(case: Case, name: str) -> str | None:
     """Why the back end cannot run `case`; None if it can."""
     if name == "torch":
@@ -176,7 +180,7 @@ def _triton_refusal(case: Case) -> str | None:
 def _spill_refusal(case: Case) -> str | None:
     """Of forms that take more registers than there are: they would run, slowly, out of local memory."""
     size, is_wide = case.size, case.dtype == torch.float32
-    if case.op == "attention" and is_wide and size > 128:
+    if case.op in ("attention", "decode_attention") and is_wide and size > 128:
         return f"in fp32 its heads have at most 128 elements, these have {size}"
     if case.op == "layer_norm" and is_wide and size > 8192:
         return f"in fp32 its longest row is 8192, this one has {size}"
@@ -188,7 +192,7 @@ def _spill_refusal(case: Case) -> str | None:
 
 
 def _length_refusal(case: Case) -> str | None:
-    limit = {"rms_norm": 16384, "layer_norm": 16384, "attention": 256, "rope": 4096}.get(case.op)
+    limit = _LONGEST.get(case.op)
     return f"its longest row is {limit}, this one has {case.size}" if limit is not None and case.size > limit else None
 
 

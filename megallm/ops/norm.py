@@ -81,7 +81,10 @@ def add_norm(
 def _torch_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     if bias is not None:
         return F.layer_norm(x, (x.size(-1),), weight, bias, eps)
-    return F.rms_norm(x, (x.size(-1),), weight, eps) if x.is_cuda else _RMSNorm.apply(x, weight, eps)
+    if x.is_cuda:
+        return F.rms_norm(x, (x.size(-1),), weight, eps)
+    # Without gradients (one token of each sequence, when generating) the Function itself would take half the time.
+    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _rms_norm(x, weight, eps)[0]
 
 
 def _apex_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -98,10 +101,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:  # type: ignore[override]
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
-        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        y, scale = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -115,6 +117,13 @@ class _RMSNorm(torch.autograd.Function):
         dweight = rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         dx = unit.mul_(mean.neg_()).addcmul_(dy.to(unit.dtype), wide_weight).mul_(scale)
         return dx.to(x.dtype), dweight, None
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y [..., H], 1 / rms [..., 1])."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
+    scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    return (x * scale).to(x.dtype).mul_(weight), scale
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:

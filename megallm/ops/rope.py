@@ -35,7 +35,7 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backends: Bac
         from megallm_kernels.compiled import rope as cuda_rope
 
         return cuda_rope(x, cos, sin)
-    return _Rope.apply(x, cos, sin)
+    return _Rope.apply(x, cos, sin) if torch.is_grad_enabled() else _rotate(x, cos, sin, sign=1.0)
 
 
 class _Rope(torch.autograd.Function):

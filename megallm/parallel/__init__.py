@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megallm.config.optim import OptimConfig
     from megallm.config.parallel import ParallelConfig
     from megallm.config.presets import get_preset
+    from megallm.generate.rollout import Limits, Rollout
     from megallm.generate.sampling import Sampling
     from megallm.ops.backends import Backends
     from megallm.parallel.logprobs import IGNORE_INDEX, VocabLogits
@@ -33,11 +34,13 @@ _HOME = {
     "Engine": "megallm.trainers.engine",
     "IGNORE_INDEX": "megallm.parallel.logprobs",
     "LoraConfig": "megallm.config.lora",
+    "Limits": "megallm.generate.rollout",
     "Mesh": "megallm.parallel.mesh",
     "ModelConfig": "megallm.config.model",
     "OptimConfig": "megallm.config.optim",
     "ParallelConfig": "megallm.config.parallel",
     "Recorder": "megallm.parallel.recorder",
+    "Rollout": "megallm.generate.rollout",
     "Sampling": "megallm.generate.sampling",
     "StepResult": "megallm.trainers.step",
     "VocabLogits": "megallm.parallel.logprobs",
@@ -54,12 +57,14 @@ __all__ = [
     "Axis",
     "Backends",
     "Engine",
+    "Limits",
     "LoraConfig",
     "Mesh",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
     "Recorder",
+    "Rollout",
     "Sampling",
     "StepResult",
     "VocabLogits",

@@ -57,6 +57,9 @@ class ColumnLinear(SinkLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] or [T/tp, in] -> [T, out/tp]."""
+        if not torch.is_grad_enabled():
+            x = all_gather(x, self._tp) if self._sequence_parallel else x
+            return self.products.output(x, self.weight, self.bias)
         sinks = (self.grad_sinks.get("weight"), self.grad_sinks.get("bias"))
         return _Column.apply(x, self.weight, self.bias, self._tp, self._sequence_parallel, sinks, self.products)
 
@@ -92,6 +95,8 @@ class RowLinear(SinkLayer):
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         """[T, in/tp] -> [T, out] or [T/tp, out]."""
+        if not torch.is_grad_enabled():
+            return _row_output(y, self.weight, self.bias, self._tp, self._sequence_parallel, self.products)
         sinks = (self.grad_sinks.get("weight"), self.grad_sinks.get("bias"))
         return _Row.apply(y, self.weight, self.bias, self._tp, self._sequence_parallel, sinks, self.products)
 
@@ -146,11 +151,7 @@ class _Row(torch.autograd.Function):
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, weight)
         ctx.tp, ctx.sequence_parallel, ctx.sinks, ctx.has_bias = tp, sequence_parallel, sinks, bias is not None
         ctx.products = products
-        if tp.size == 1:
-            return products.output(y, weight, bias)
-        partial = products.output(y, weight)
-        z = reduce_scatter(partial, tp) if sequence_parallel else all_reduce_(partial, tp)
-        return z if bias is None else z.add_(bias)
+        return _row_output(y, weight, bias, tp, sequence_parallel, products)
 
     @staticmethod
     def backward(ctx: Any, dz: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -164,6 +165,21 @@ class _Row(torch.autograd.Function):
         dy = ctx.products.input_gradient(gradient, weight) if needs_y else None
         dw = ctx.products.weight_gradient(gradient, y, ctx.sinks[0]) if needs_weight else None
         return dy, dw, db, None, None, None, None
+
+
+def _row_output(
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tp: Axis,
+    sequence_parallel: bool,
+    products: Products,
+) -> torch.Tensor:
+    if tp.size == 1:
+        return products.output(y, weight, bias)
+    partial = products.output(y, weight)
+    z = reduce_scatter(partial, tp) if sequence_parallel else all_reduce_(partial, tp)
+    return z if bias is None else z.add_(bias)
 
 
 def _weight_grads(

@@ -48,6 +48,11 @@ class Axis:
         """Whether this rank is at place size - 1."""
         return self.rank == self.size - 1
 
+    @property
+    def backend(self) -> str:
+        """Who carries its collectives out: "nccl", "gloo"; "none" when size is 1."""
+        return "none" if self.group is None else str(dist.get_backend(self.group))
+
 
 @dataclass(frozen=True)
 class Mesh:

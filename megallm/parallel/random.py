@@ -23,9 +23,13 @@ def key(seed: int, *words: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def uniform(index: torch.Tensor, key: int) -> torch.Tensor:
-    """fp64 numbers in (0, 1), one for each int64 index, any shape."""
-    bits = _mix(_mix(index + _signed(key)) ^ _signed(key * 0x9E3779B97F4A7C15))
+def uniform(index: torch.Tensor, key: int | torch.Tensor) -> torch.Tensor:
+    """fp64 numbers in (0, 1), one for each int64 index, any shape. A tensor: `signed` keys, one for each index."""
+    if isinstance(key, torch.Tensor):
+        first, second = key, key * _signed(0x9E3779B97F4A7C15)
+        bits = _mix(_mix(index + first) ^ second)
+    else:
+        bits = _mix(_mix(index + _signed(key)) ^ _signed(key * 0x9E3779B97F4A7C15))
     return ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
 
 
@@ -82,6 +86,11 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical right shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def signed(key: int) -> int:
+    """The key as an element of an int64 tensor."""
+    return _signed(key)
 
 
 def _signed(value: int) -> int:

@@ -6,9 +6,11 @@ A process started without torchrun is a job of one rank.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from megallm.data.cache import default_cache_dir
 
@@ -59,6 +61,20 @@ def launch_info(environment: Mapping[str, str] | None = None) -> LaunchInfo:
         local_world_size=local_world_size,
         error_file=Path(error_file) if error_file else None,
     )
+
+
+def is_launched(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether a launcher has started this process as a rank."""
+    return "RANK" in (os.environ if environment is None else environment)
+
+
+def become_ranks(number: int, arguments: Sequence[str]) -> NoReturn:
+    """Replaces this process by torchrun with `number` ranks of this machine, each running `python ARGUMENTS`: signals
+    and the exit code are torchrun's."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    os.execve(sys.executable, [*command, *arguments], {"OMP_NUM_THREADS": "1", **os.environ})
 
 
 def _integer(env: Mapping[str, str], name: str) -> int:

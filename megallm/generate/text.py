@@ -1,0 +1,53 @@
+"""Text of tokens as they come: whole characters only, and the strings that end an answer.
+
+A token may be a part of a character, and how it reads may depend on the one before it (the blanks of sentencepiece): a
+few tokens before the new one are decoded with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megallm.data.tokenizer import Tokenizer
+
+_UNFINISHED = "\ufffd"
+
+
+class TextStream:
+    """The text of one answer."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stops = tokenizer, stop_strings
+        self._ids: list[int] = []
+        self._shown = self._known = 0
+        self._longest = max(map(len, stop_strings), default=0)
+        self.text = ""
+        """What there is so far, up to the first stop string."""
+        self.is_stopped = False
+        """Whether a stop string is complete."""
+
+    def push(self, token: int) -> str:
+        """The text that the token adds: empty within a character, or where a special token is not shown."""
+        self._ids.append(token)
+        known = self._tokenizer.decode(self._ids[self._shown : self._known])
+        text = self._tokenizer.decode(self._ids[self._shown :])
+        if len(text) <= len(known) or text.endswith(_UNFINISHED):
+            return ""
+        self._shown, self._known = self._known, len(self._ids)
+        return self._extend(text[len(known) :])
+
+    def _extend(self, new: str) -> str:
+        before = len(self.text)
+        self.text += new
+        first = max(0, before - self._longest + 1)
+        found = [at for stop in self._stops if (at := self.text.find(stop, first)) >= 0]
+        if found:
+            self.is_stopped = True
+            self.text = self.text[: min(found)]
+        return self.text[before:]
+
+
+def cut_text(tokenizer: Tokenizer, ids: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
+    """The text of an answer, up to the first stop string."""
+    text = tokenizer.decode(ids)
+    return text[: min((at for stop in stop_strings if (at := text.find(stop)) >= 0), default=len(text))]
