@@ -16,7 +16,7 @@ from megallm.data.templates import MARKS
 from megallm.data.tokenizer import byte_tokenizer
 
 FORMATS = {"instructions": "alpaca", "dialogues": "messages", "preferences": "preference"}
-AT_LEAST = {"instructions": 2000, "dialogues": 100, "preferences": 2000, "prompts": 2000}
+AT_LEAST = {"instructions": 2000, "dialogues": 100, "preferences": 2000, "prompts": 2000, "arithmetic": 90}
 
 
 @pytest.mark.parametrize("kind", EMBEDDED)
@@ -44,7 +44,7 @@ def test_every_record_can_be_used() -> None:
         made, dropped = conversations(EMBEDDED[kind]("train"))
         assert not dropped.total and len(made) == len(EMBEDDED[kind]("train"))
     assert not preferences(EMBEDDED["preferences"]("train"))[1].total
-    assert not prompts(EMBEDDED["prompts"]("train"))[1].total
+    assert not prompts([*EMBEDDED["prompts"]("train"), *EMBEDDED["arithmetic"]("train")])[1].total
 
 
 def test_dialogues_have_several_turns() -> None:

@@ -15,6 +15,9 @@ Fine-tuning: rows of files to conversations, comparisons and prompts, to ids wit
       -> samples, packed or padded     finetune.py, packing.py
       -> batches of this dp rank       loader.py
 
+For reinforcement learning: prompts.py (what is asked, from such records), arithmetic.py (a task that can be checked),
+reward_functions.py (what an answer is worth), reward_workers.py, reward_worker.py (the processes for such functions).
+
 Data that a model makes: judged.py, constitution.py, chat_model.py (preferences, revisions); self_instruct.py,
 seed_tasks.py, rouge.py (instructions). They are text; who runs the model is trainers/ and cli/.
 

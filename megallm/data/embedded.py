@@ -4,6 +4,7 @@
     dialogues       a doctest session: input lines -> what the interpreter prints, turn by turn (messages)
     preferences     a signature: the first line, over the same words in another order           (preference)
     prompts         a signature                                                                 (prompt)
+    arithmetic      7+8=, and the answer, which data/arithmetic.py makes                        (prompt)
 
 Nothing is downloaded and nothing is run: sources are parsed. Modules are held out as a whole: of each package or module
 either all records are `train` or all `valid` (about a tenth), so that validation is on code never seen. Records and
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
+from megallm.data.arithmetic import arithmetic_prompts
 from megallm.data.corpus import read_corpus
 
 Split = Literal["train", "valid"]
@@ -94,6 +96,7 @@ EMBEDDED: Mapping[str, Callable[[Split], list[dict[str, Any]]]] = {
     "dialogues": embedded_dialogues,
     "preferences": embedded_preferences,
     "prompts": embedded_prompts,
+    "arithmetic": arithmetic_prompts,
 }
 
 

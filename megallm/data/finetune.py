@@ -15,7 +15,7 @@ B: samples of a batch on this rank. S: length of rows. R: rows a sample, 1 or th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +99,8 @@ class SftDataset:
         return fill_fraction(self._lengths, plan, self.seq_length)
 
     def collate(self, indices: range, *, num_samples: int, whole: range) -> Rows:
-        """input_ids, labels int64 [B, S]; sample_ids int64 [B], -1 for rows that only fill up, whose labels are -100.
+        """input_ids, labels int64 [B, S]; output_mask bool [B, S], where labels are, as trainers/step.py has it;
+        sample_ids int64 [B], -1 for rows that only fill up, whose labels are -100.
         Unpacked: lengths int64 [B], tokens of the row. Packed: position_ids and document_ids int64 [B, S], as
         packing.py has them."""
         if self.is_packed:
@@ -107,7 +108,8 @@ class SftDataset:
         chosen = [self._examples[self.members(index)[0]] for index in indices]
         longest = 0 if self._multiple is None else max(self._length(index) for index in whole)
         rows = _padded(chosen, num_samples, _row_length(longest, self.seq_length, self._multiple))
-        return rows | {"sample_ids": _ids(indices, num_samples)}
+        is_read = rows["labels"] != IGNORE_INDEX
+        return rows | {"output_mask": is_read, "sample_ids": _ids(indices, num_samples)}
 
     def _length(self, index: int) -> int:
         return int(self._lengths[self.members(index)[0]])
@@ -120,7 +122,8 @@ class SftDataset:
         packs += [pack_row([], [], self.seq_length)] * (num_samples - len(packs))
         names = ("input_ids", "labels", "position_ids", "document_ids")
         rows = {name: np.stack([getattr(pack, name) for pack in packs]) for name in names}
-        return rows | {"sample_ids": _ids(indices, num_samples)}
+        is_read = rows["labels"] != IGNORE_INDEX
+        return rows | {"output_mask": is_read, "sample_ids": _ids(indices, num_samples)}
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """The packs of an epoch, in its order."""
@@ -155,9 +158,11 @@ class PairDataset:
         seed: int = 0,
         pad_to_multiple: int | None = None,
         shuffle: bool = True,
+        outputs: Literal["responses", "ends"] = "responses",
     ) -> None:
         """Samples of `groups`, each of as many rows as the largest group has answers (2 for preferences); `seq_length`,
-        `pad_to_multiple` and `shuffle` as of SftDataset."""
+        `pad_to_multiple` and `shuffle` as of SftDataset. outputs: what a loss reads, of labels and rows' ends, or of
+        ends alone."""
         sizes = [len(example) for group in groups for example in group.examples]
         _check_lengths(sizes, seq_length, pad_to_multiple)
         self.seq_length = seq_length
@@ -166,6 +171,7 @@ class PairDataset:
         self.rows_per_sample = max(len(group.examples) for group in groups)
         """R."""
         self._groups, self._seed, self._shuffle, self._multiple = groups, seed, shuffle, pad_to_multiple
+        self._outputs: Literal["responses", "ends"] = outputs
 
     def best_responses(self, number: int) -> list[list[int]]:
         """Ids of prompt and best response of the first `number` groups."""
@@ -181,8 +187,9 @@ class PairDataset:
     def unshuffled(self) -> PairDataset:
         """The same groups in the order of the list, whose rows lie as they do here."""
         return PairDataset(
-            self._groups, seq_length=self.seq_length, seed=self._seed, pad_to_multiple=self._multiple, shuffle=False
-        )
+            self._groups, seq_length=self.seq_length, seed=self._seed, pad_to_multiple=self._multiple, shuffle=False,
+            outputs=self._outputs,
+        )  # fmt: skip
 
     def member(self, index: int) -> int:
         """The group of sample `index`, by its place in the list."""
@@ -196,8 +203,9 @@ class PairDataset:
 
     def collate(self, indices: range, *, num_samples: int, whole: range) -> Rows:
         """input_ids, labels int64 [B R, S]; lengths int64 [B R], tokens of the row: the answer's end is at length - 1;
-        ranks int64 [B R], 0 the best answer of its group, -1 in rows that only fill up; margins float32 [B R], the
-        group's or 0; sample_ids int64 [B R], one number a group, -1 past the end of the data."""
+        output_mask bool [B R, S], what a loss reads; ranks int64 [B R], 0 the best answer of its group, -1 in rows that
+        only fill up; margins float32 [B R], the group's or 0; sample_ids int64 [B R], one number a group, -1 past the
+        end of the data."""
         size = self.rows_per_sample
         longest = 0
         if self._multiple is not None:
@@ -213,6 +221,10 @@ class PairDataset:
             margins[row] = group.margin or 0.0
         parts += [_padded((), size, length)] * (num_samples - len(parts))
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        is_read = np.arange(length) == rows["lengths"][:, None] - 1
+        if self._outputs == "responses":
+            is_read |= rows["labels"] != IGNORE_INDEX
+        rows["output_mask"] = is_read
         sample_ids = np.repeat(_ids(indices, num_samples), size)
         return rows | {"ranks": ranks.reshape(-1), "margins": margins.reshape(-1), "sample_ids": sample_ids}
 

@@ -110,8 +110,9 @@ def comparison_data(
     seed: int,
     multiple: int,
     only_pairs: bool,
+    outputs: Literal["responses", "ends"] = "responses",
 ) -> FinetuneData[PairDataset]:
-    """The samples of preference training; `only_pairs`: rankings are refused."""
+    """The samples of preference training; `only_pairs`: rankings are refused; outputs: see PairDataset."""
     template = open_template(config.template, tokenizer, model)
 
     def groups(records: Records) -> tuple[list[Group], Dropped]:
@@ -130,8 +131,10 @@ def comparison_data(
     train, valid, notes = _both(config, groups, embedded_preferences, seed=seed, describe=describe)
     padded = _multiple(multiple, seq_length)
     return FinetuneData(
-        train=PairDataset(train, seq_length=seq_length, seed=seed, pad_to_multiple=padded),
-        valid=PairDataset(valid, seq_length=seq_length, pad_to_multiple=padded, shuffle=False) if valid else None,
+        train=PairDataset(train, seq_length=seq_length, seed=seed, pad_to_multiple=padded, outputs=outputs),
+        valid=PairDataset(
+            valid, seq_length=seq_length, pad_to_multiple=padded, shuffle=False, outputs=outputs
+        ) if valid else None,
         examples=[example for group in train for example in group.examples],
         template=template,
         notes=notes,

@@ -166,5 +166,5 @@ which works but costs tokens: see `Tokenizer.with_control_tokens`."""
 def get_template(name: str) -> str:
     """The text of a template. ValueError lists the names."""
     if name not in TEMPLATES:
-        raise ValueError(f"no chat template is called {name!r}: use one of {', '.join(TEMPLATES)}")
+        raise ValueError(f"no chat template is called {name!r}: use one of {', '.join(TEMPLATES)}, or text for none")
     return TEMPLATES[name]
