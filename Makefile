@@ -1,4 +1,5 @@
 # make demo: trains a small GPT on 8 ranks of this machine (tp 4 x pp 2).   make test: the test suite.
+# make pipeline: pretraining to PPO and a report, on 4 ranks. Stopped and started again it goes on where it was.
 # Everything runs in .venv, which is made on first use and again only when what it is made of changes.
 
 PYTHON ?= python3
@@ -7,12 +8,16 @@ BIN := $(VENV)/bin
 CPU_SOURCES := $(wildcard csrc/cpu_*)
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench-cpu bench-zero bench-finetune bench-dpo-memory bench-gpu clean
+.PHONY: demo pipeline test check clean
+.PHONY: bench-cpu bench-zero bench-generation bench-finetune bench-ppo bench-dpo-memory bench-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	@rm -rf runs/demo
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 8 examples/pretrain_gpt.py --tp 4 --pp 2 --save runs/demo
+
+pipeline: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python examples/pipeline.py $(ARGS)
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest
@@ -31,8 +36,14 @@ bench-cpu: $(VENV)/.installed
 bench-zero: $(VENV)/.installed
 	$(BIN)/python benchmarks/zero.py
 
+bench-generation: $(VENV)/.installed
+	$(BIN)/python benchmarks/generation.py $(ARGS)
+
 bench-finetune: $(VENV)/.installed
 	$(BIN)/python benchmarks/finetune.py $(ARGS)
+
+bench-ppo: $(VENV)/.installed
+	$(BIN)/python benchmarks/ppo.py $(ARGS)
 
 bench-dpo-memory: $(VENV)/.installed
 	$(BIN)/python benchmarks/dpo_memory.py $(ARGS)

@@ -91,7 +91,10 @@ def dataset_of(kind: str, content: dict[str, Any], shape: dict[str, int]) -> Sft
     made = [example(*row) for row in content["rows"]]
     if kind in ("reward", "dpo"):
         groups = [Group(examples=each, ranks=(0, 1)) for each in zip(made[0::2], made[1::2], strict=True)]
-        return PairDataset(groups, seq_length=shape["seq"], pad_to_multiple=8, shuffle=False)
+        return PairDataset(
+            groups, seq_length=shape["seq"], pad_to_multiple=8, shuffle=False,
+            outputs="ends" if kind == "reward" else "responses",
+        )  # fmt: skip
     if kind == "packed":
         return SftDataset(made, seq_length=shape["seq"], pack=True)
     return SftDataset(made, seq_length=shape["seq"], pad_to_multiple=8, shuffle=False)

@@ -38,6 +38,7 @@ SUITE = "is the test suite, or a part of it"
 RANKS = "starts ranks: the commands on 8, 4 and 2 ranks that are run stand for it"
 NOT_RUN = {
     "make demo": INSTALLS,
+    "make pipeline": INSTALLS,
     "make test": SUITE,
     "python3 -m venv .venv && source .venv/bin/activate": INSTALLS,
     "pip install -c constraints.txt -e .": INSTALLS,
@@ -54,6 +55,7 @@ NOT_RUN = {
 """Beginning of a command: why no test runs it."""
 PARSED_PAGES = {
     "shakespeare.md": "trains for minutes", "preferences.md": "trains for minutes",
+    "end_to_end.md": "trains for minutes; test_pipeline_example.py runs the program",
     "library.md": "run below, to compare what it prints",
 }  # fmt: skip
 """Pages of which `test_commands_run` runs nothing: why."""
@@ -70,7 +72,16 @@ def load(path: Path) -> Any:
 
 MAKE_COMMANDS = load(ROOT / "docs" / "make_commands.py")
 FIRST = "python examples/pretrain_gpt.py --data books.txt --save runs/first"
-BEFORE = {"checkpoints.md": [FIRST, "megallm export runs/first hf/books"]}
+BEFORE = {
+    "checkpoints.md": [FIRST, "megallm export runs/first hf/books"],
+    "generation.md": [FIRST],
+    "rl.md": [
+        "python examples/pretrain_gpt.py --data books.txt --save runs/demo",
+        "python examples/sft.py --data chats.jsonl --save runs/sft",
+        "python examples/reward.py --data preferences.jsonl --save runs/reward",
+        "python examples/sft.py --data chats.jsonl --save runs/base_arithmetic",
+    ],
+}  # fmt: skip
 """What a page takes for granted."""
 SMALL = (
     "--warmup-steps 0 --seq-length 16 --global-batch-size 4 --micro-batch-size 2 --eval-every 0 --eval-sequences 4 "
@@ -78,7 +89,12 @@ SMALL = (
 ).split()
 
 
-FINETUNING = {f"examples/{name}.py" for name in MAKE_COMMANDS.FINETUNING}
+RL = {"examples/ppo.py", "examples/grpo.py"}
+FINETUNING = {f"examples/{name}.py" for name in MAKE_COMMANDS.AFTER_PRETRAINING}
+ROLLOUTS = (
+    "--steps 2 --warmup-steps 0 --seq-length 256 --global-batch-size 4 --micro-batch-size 2 --rollout-batch-size 4 "
+    "--max-new-tokens 8 --template text"
+).split()
 SHORT = (
     "--warmup-steps 0 --seq-length 96 --global-batch-size 4 --micro-batch-size 2 --eval-every 0 --eval-sequences 4 "
     "--template chatml"
@@ -99,6 +115,8 @@ def why_not_run(command: str) -> str | None:
 def shortened(words: list[str]) -> list[str]:
     """The command as the test runs it: a hundredth of the steps, few and short sequences, no sample of text."""
     words = [word.replace("step-00000400", "step-00000004") for word in words]
+    if RL & set(words):
+        return [*words, *ROLLOUTS]
     if words[0] == "torchrun" and FINETUNING & set(words):
         return [*words, *SHORT]
     if FINETUNING & set(words):
@@ -146,7 +164,7 @@ def write_inputs(folder: Path, page: Path) -> None:
     turns = [("user", "What is it?"), ("assistant", "A voyage.")]
     chats = [{"messages": [{"role": role, "content": f"{text} {i}"} for role, text in turns]} for i in range(24)]
     pairs = [{"prompt": f"Day {i}?", "chosen": "The sea is calm.", "rejected": f"No {i}."} for i in range(24)]
-    prompts = [{"prompt": f"Day {i}?"} for i in range(4)]
+    prompts = [{"prompt": f"Day {i}?", "answer": "calm"} for i in range(4)]
     for name, rows in (("chats", chats), ("preferences", pairs), ("prompts", prompts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = re.search(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -208,7 +226,7 @@ def check_script(script: str, words: list[str], num_ranks: int) -> None:
         assert num_ranks % (args.tp * args.pp) == 0
     if script in FINETUNING:
         example = load(ROOT / script)
-        run, _ = parse_run_config(words, defaults=example.DEFAULTS, extra=example.add_arguments)
+        run, _ = parse_run_config(words, defaults=example.DEFAULTS, extra=getattr(example, "add_arguments", None))
         assert num_ranks % (run.parallel.tp * run.parallel.pp) == 0
     if script != "examples/pretrain_gpt.py" or "--config" in words:
         return

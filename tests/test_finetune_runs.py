@@ -124,7 +124,7 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_stopped(
 
 def test_epochs_decide_the_steps(example: Run, data: dict[str, Path], tmp_path: Path) -> None:
     arguments = ["--data", data["chats"], "--save", tmp_path / "run", "--no-pack", "--valid-fraction", "0"]
-    assert example("sft", *arguments, "--epochs", "1.5") == 0
+    assert example("sft", *arguments, "--epochs", "1.5", "--steps", "1", "--warmup-steps", "2") == 0
     assert metrics(tmp_path / "run")[-1]["step"] == 9  # 24 records, 4 a step
     with pytest.raises(UsageError, match=r"global_batch_size \(4\) is more than the 2.4 samples of 0.1 epochs"):
         example("sft", *arguments, "--epochs", "0.1")
@@ -220,7 +220,7 @@ def test_a_damaged_checkpoint_is_told_before_a_command_runs(reward_model: Path, 
 @pytest.mark.parametrize("content", ["{", "[]", '{"mean": 1.0, "median": 2.0}', '{"mean": "x"}', '{"mean": NaN}'])
 def test_a_damaged_calibration_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "calibration.json").write_text(content)
-    with pytest.raises(ValueError, match=r"calibration\.json is damaged .*: copy it again, or give --raw"):
+    with pytest.raises(ValueError, match=r"calibration\.json is damaged .*: copy it again, remove it, or give --raw"):
         read_calibration(tmp_path)
 
 

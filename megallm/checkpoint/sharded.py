@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class TrainState:
     """Sequences trained on, whole job."""
     tokens: int
     """Tokens trained on, whole job."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """Numbers of the trainer's own."""
 
 
 def save(
@@ -160,7 +162,10 @@ def load(
         if "master" not in optimizer.state():
             optimizer.refresh_master()
         optimizer.publish()
-    return TrainState(step=values["step"], consumed_samples=values["consumed_samples"], tokens=values["tokens"])
+    return TrainState(
+        step=values["step"], consumed_samples=values["consumed_samples"], tokens=values["tokens"],
+        extra=values.get("extra", {}),
+    )  # fmt: skip
 
 
 def latest(root: str | Path) -> Path | None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from megallm.cli.evaluate import tokenise
-from megallm.cli.inference import add_model_arguments, check_out, open_job, read_jsonl, write_jsonl
+from megallm.cli.inference import (
+    add_model_arguments,
+    add_sampling_arguments,
+    check_out,
+    open_job,
+    read_jsonl,
+    sampling_of,
+    write_jsonl,
+)
 from megallm.data.tokenizer import Tokenizer
-from megallm.generate.decode import check_prompts
-from megallm.generate.sampling import Sampling
+from megallm.generate.rollout import Limits, Rollout, check_request
+from megallm.generate.text import cut_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="one text to continue")
     prompts.add_argument("--prompts", metavar="F.jsonl", help="one object a line with `prompt`: a text or token ids")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to add at most")
-    parser.add_argument("--temperature", type=float, default=0.0, help="divides the logits; 0 = greedy")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    add_sampling_arguments(parser, max_new_tokens=64, temperature=0.0)
     parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the end-of-text token")
-    parser.add_argument("--out", metavar="OUT.jsonl", help="write prompt, text and token_ids (the new ones)")
+    parser.add_argument("--num-samples", type=int, default=1, help="answers to each prompt")
+    parser.add_argument("--max-batch", type=int, default=32, help="sequences decoded together, on each replica")
+    parser.add_argument("--kv-cache-tokens", type=int, help="tokens whose keys and values are kept; default: enough")
+    parser.add_argument("--logprobs", action="store_true", help="write the log-probability of each new token as well")
+    parser.add_argument("--out", metavar="OUT.jsonl", help="write prompt, text, token_ids (new ones), finish_reason")
 
 
 def run(args: argparse.Namespace) -> Callable[[], int]:
@@ -33,19 +45,20 @@ def run(args: argparse.Namespace) -> Callable[[], int]:
     prompts = read_jsonl(args.prompts, "prompt") if args.prompts else [args.prompt]
     ids = tokenise(prompts, args.tokenizer, job.source.tokenizer(), where=args.prompts or "--prompt")
     tokenizer = Tokenizer.from_path(args.tokenizer) if args.tokenizer else job.source.tokenizer()
-    check_prompts(config, ids, args.max_new_tokens)
     stop = () if args.ignore_eos or config.eos_token_id is None else (config.eos_token_id,)
-    sampling = Sampling(temperature=args.temperature, seed=args.seed, stop_ids=stop)
+    sampling = replace(sampling_of(args), stop_ids=stop)
+    limits = Limits(max_batch=args.max_batch, kv_cache_tokens=args.kv_cache_tokens)
+    request: dict[str, Any] = {
+        "max_new_tokens": args.max_new_tokens, "sampling": sampling, "num_samples": args.num_samples, "limits": limits,
+        "tokenizer": tokenizer,
+    }  # fmt: skip
+    check_request(config, ids, **request)
 
     def work() -> int:
         engine = job.start()
-        new = engine.generate(ids, max_new_tokens=args.max_new_tokens, sampling=sampling)
-        texts = ["" if tokenizer is None else tokenizer.decode(n) for n in new]
-        rows = [
-            {"prompt": prompt, "text": text, "token_ids": token_ids}
-            for prompt, text, token_ids in zip(prompts, texts, new, strict=True)
-        ]
+        found = engine.rollout(ids, **request)
         if engine.mesh.world.rank == 0:
+            rows = _rows(prompts, found, tokenizer, sampling.stop_strings, with_logprobs=args.logprobs)
             if args.out:
                 write_jsonl(args.out, rows)
             for row in rows if not args.out else []:
@@ -53,3 +66,18 @@ def run(args: argparse.Namespace) -> Callable[[], int]:
         return 0
 
     return work
+
+
+def _rows(
+    prompts: Sequence[Any], found: Rollout, tokenizer: Tokenizer | None, stops: Sequence[str], *, with_logprobs: bool
+) -> list[dict[str, Any]]:
+    rows = []
+    for at, (ids, logprobs, reason) in enumerate(
+        zip(found.token_ids, found.logprobs, found.finish_reasons, strict=True)
+    ):
+        text = "" if tokenizer is None else cut_text(tokenizer, ids, stops)
+        row = {"prompt": prompts[at // found.num_samples], "text": text, "token_ids": ids, "finish_reason": reason}
+        if found.num_samples > 1:
+            row["sample"] = at % found.num_samples
+        rows.append(row | ({"logprobs": logprobs} if with_logprobs else {}))
+    return rows

@@ -15,6 +15,7 @@ from megallm.checkpoint.adapters import open_weights
 from megallm.config.check import check_layout
 from megallm.config.numerics import NumericsConfig, Precision
 from megallm.config.parallel import ParallelConfig
+from megallm.generate.sampling import Sampling
 from megallm.model.fp8 import check_fp8
 from megallm.ops.fp8 import fp8_recipe
 from megallm.parallel.mesh import Mesh, start_process_group
@@ -32,6 +33,31 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     parser.add_argument("--virtual-stages", type=int, default=1, help="model chunks per pipeline rank")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="of weights and activations")
     parser.add_argument("--tokenizer", help="a tokenizer.json or its directory; default: the one beside the model")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int, temperature: float) -> None:
+    """How answers are generated; the defaults of two flags."""
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="tokens to add at most")
+    parser.add_argument("--temperature", type=float, default=temperature, help="divides the logits; 0 = greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="only the k most likely tokens; 0 = all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens, to this sum; 1 = all")
+    parser.add_argument("--min-p", type=float, default=0.0, help="only tokens this times as likely as the likeliest")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="on tokens that were there; 1 = none")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """What `add_sampling_arguments` was told; ValueError if it makes no sense."""
+    return Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        stop_strings=tuple(args.stop),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

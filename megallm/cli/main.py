@@ -20,6 +20,7 @@ COMMANDS = {
     "judge": "preferences and revisions by a model with a written constitution",
     "self-instruct": "new instructions with answers, from a few seed tasks",
     "generate": "continue prompts with a model",
+    "chat": "talk with a model in the terminal",
     "schedule": "show a pipeline schedule as text or picture, with its bubble",
     "memory": "what ZeRO and offload leave on a device, and how large a model may get",
     "presets": "list the model shapes that --model knows by name",

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from megallm.config.finetune import DpoOptions, ExamplesConfig, RewardOptions, SftOptions
+from dataclasses import replace
+from typing import TypeVar
+
+from megallm.config.finetune import (
+    DpoConfig,
+    DpoOptions,
+    ExamplesConfig,
+    RewardConfig,
+    RewardOptions,
+    SftConfig,
+    SftOptions,
+)
 from megallm.config.rules import not_negative, positive
+from megallm.config.run import JobConfig
+
+Job = TypeVar("Job", bound=JobConfig)
 
 
 def check_examples(data: ExamplesConfig) -> None:
@@ -35,3 +49,12 @@ def check_dpo(dpo: DpoOptions) -> None:
         raise ValueError(f"label_smoothing ({dpo.label_smoothing}) with dpo_loss {dpo.dpo_loss}: use sigmoid, or 0")
     if dpo.ipo_sums and dpo.dpo_loss != "ipo":
         raise ValueError(f"ipo_sums with dpo_loss {dpo.dpo_loss}: leave it out, or use ipo")
+
+
+def before_epochs(run: Job) -> Job:
+    """`run` for the rules that hold whatever the data: where `epochs` are to decide `steps`, as many as its learning
+    rate needs."""
+    if not isinstance(run, SftConfig | RewardConfig | DpoConfig) or run.data.epochs is None:
+        return run
+    needed = run.optim.warmup_steps + (run.optim.decay_steps or 0) + 1
+    return replace(run, train=replace(run.train, steps=max(run.train.steps, needed)))

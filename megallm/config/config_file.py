@@ -22,9 +22,17 @@ def read_config_file(
 
     ValueError names the file and the key: an unknown name, a name given twice, a value of another type.
     """
+    return field_values(load_yaml(path), fields, where=path, extra_names=extra_names)
+
+
+def field_values(
+    content: Mapping[str, Any], fields: Mapping[str, ConfigField], *, where: str, extra_names: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `read_config_file` returns, of a file's content, or of a part of it; messages begin with `where`."""
+    path = where
     values: dict[str, Any] = {}
     extras: dict[str, Any] = {}
-    for section, key, value in _entries(path, fields):
+    for section, key, value in _entries(content, fields):
         name = key.replace("-", "_")
         if name in values or name in extras:
             raise ValueError(f"{path}: {name} is given twice")
@@ -45,17 +53,20 @@ def read_config_file(
     return values, extras
 
 
-def _entries(path: str, fields: Mapping[str, ConfigField]) -> list[tuple[str, str, Any]]:
-    """(section, key, value) of the file, in order; section is "" at the top."""
+def load_yaml(path: str) -> dict[str, Any]:
+    """The file's names and values, as YAML has them; ValueError if it is not YAML, or holds something else."""
     with open(path, encoding="utf-8") as file:
         try:
             content = yaml.load(file, Loader=_Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return []
-    if not isinstance(content, dict):
+    if content is not None and not isinstance(content, dict):
         raise ValueError(f"{path}: expected `name: value` lines, got {content!r}")
+    return content or {}
+
+
+def _entries(content: Mapping[str, Any], fields: Mapping[str, ConfigField]) -> list[tuple[str, str, Any]]:
+    """(section, key, value) of the content, in order; section is "" at the top."""
     sections = {field.section for field in fields.values() if field.section}
     entries: list[tuple[str, str, Any]] = []
     for key, value in content.items():

@@ -56,7 +56,7 @@ class Console:
         self._print(step_line(metrics, total_steps=self._total_steps, eta_s=eta_s))
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print the line of a validation, always. `metrics`: its `loss`, and perhaps others."""
+        """Print the line of a validation, always. `metrics`: its `loss` or others."""
         self._print(validation_line(step, metrics, total_steps=self._total_steps))
 
     def notice(self, text: str) -> None:
@@ -109,12 +109,12 @@ def _has_own_line(name: str) -> bool:
 def validation_line(step: int, metrics: Mapping[str, float], *, total_steps: int) -> str:
     """One validation as text: the columns of a training step, marked at both ends.
 
-    A loss alone is a cross-entropy, whose perplexity is exp(loss).
+    A loss alone is a cross-entropy, whose perplexity is exp(loss); there may be none.
     """
-    loss = metrics["loss"]
-    columns = [f"valid{_progress(step, total_steps)}", f"loss {_number(loss, 7, 3)}"]
+    loss = metrics.get("loss")
+    columns = [f"valid{_progress(step, total_steps)}", *([] if loss is None else [f"loss {_number(loss, 7, 3)}"])]
     others = {name: value for name, value in metrics.items() if name != "loss"}
-    if not others:
+    if loss is not None and not others:
         perplexity = math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.nan
         columns.append(f"perplexity {_number(perplexity, 7, 2)}")
     columns += [f"{name.replace('_', ' ')} {_number(value, 8, 3)}" for name, value in others.items()]

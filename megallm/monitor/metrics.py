@@ -115,8 +115,8 @@ def _replace(path: Path, lines: list[Metrics]) -> IO[str]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: bool, int, str and None as they are, the rest as a finite float or None."""
-    if value is None or isinstance(value, (bool, str)):
+    """What JSON can hold: bool, int, str, lists and None as they are, the rest as a finite float or None."""
+    if value is None or isinstance(value, (bool, str, list)):
         return value
     if isinstance(value, Integral):
         return int(value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from megallm.optim.clip import GradientNorm
 from megallm.runtime.failure import RunStopped
-from megallm.trainers.step import StepResult
 
 
 class BadSteps:
@@ -16,8 +16,8 @@ class BadSteps:
         self.total, self._in_a_row, self._longest, self._most = 0, 0, 0, most_in_a_row
         self._way_out = ""
 
-    def look(self, step: int, result: StepResult, metrics: dict[str, float]) -> str:
-        """A line about a bad step, or "". `metrics`: the result's. A collective after a bad step."""
+    def look(self, step: int, norm: GradientNorm, metrics: dict[str, float]) -> str:
+        """A line about a bad step, or "". norm, metrics: its result's. A collective after a bad step."""
         if math.isfinite(metrics["grad_norm"]):
             self._in_a_row = 0
             return ""
@@ -34,7 +34,7 @@ class BadSteps:
         scale = f", loss scale {metrics['loss_scale']:g}" if "loss_scale" in metrics else ""
         return (
             f"step {step} changed nothing: its gradients are not finite (first in backward: "
-            f"{result.grad_norm.first_bad()}{scale}; {self._in_a_row}{of} in a row)"
+            f"{norm.first_bad()}{scale}; {self._in_a_row}{of} in a row)"
         )
 
     def check(self, step: int) -> None:

@@ -11,7 +11,7 @@ It needs no command line, no config file and no global; two engines (an actor an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
@@ -29,7 +29,9 @@ from megallm.config.model import ModelConfig
 from megallm.config.numerics import NumericsConfig, Precision
 from megallm.config.optim import OptimConfig
 from megallm.config.parallel import ParallelConfig, ScheduleName
-from megallm.generate.decode import generate
+from megallm.data.tokenizer import Tokenizer
+from megallm.generate.decode import Token
+from megallm.generate.rollout import Limits, Rollout, rollout, stream
 from megallm.generate.sampling import Sampling
 from megallm.model.fp8 import check_fp8
 from megallm.model.fused import check_backends
@@ -232,13 +234,50 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling | None = None
     ) -> list[list[int]]:
-        """New token ids of each prompt (all prompts on every rank), on every rank. A collective.
+        """New token ids of each prompt (all prompts on every rank), on every rank: `rollout` without the rest."""
+        return self.rollout(prompts, max_new_tokens=max_new_tokens, sampling=sampling).token_ids
 
-        dp ranks share the prompts; a sample depends on (seed, prompt's place, position), not on the layout. Whole
-        parameters are held meanwhile, at ZeRO stage 3 too.
+    def rollout(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | Sequence[int],
+        sampling: Sampling | None = None,
+        num_samples: int = 1,
+        limits: Limits | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> Rollout:
+        """`num_samples` answers to each prompt (all prompts on every rank) with log-probabilities, on every rank. A
+        collective.
+
+        dp ranks share the prompts; a sample depends on (seed, prompt's place, sample's number), not on the layout nor
+        on what is decoded with it. Whole parameters are held meanwhile, at ZeRO stage 3 too.
+        max_new_tokens: of all, or of each prompt. tokenizer: for stop strings.
         """
+        with self._generating():
+            return rollout(
+                self.model, prompts, max_new_tokens=max_new_tokens, sampling=sampling or Sampling(),
+                num_samples=num_samples, limits=limits, tokenizer=tokenizer,
+            )  # fmt: skip
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> Generator[Token, None, None]:
+        """The tokens of one answer as they come, on every rank; all ranks take as many. Each is a collective."""
+        with self._generating():
+            yield from stream(
+                self.model, prompt, max_new_tokens=max_new_tokens, sampling=sampling or Sampling(), tokenizer=tokenizer
+            )
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
         with self._products(), nullcontext() if self._residency is None else self._residency.hold():
-            return generate(self.model, prompts, max_new_tokens=max_new_tokens, sampling=sampling or Sampling())
+            yield
 
     def save(self, directory: str, *, consumed_samples: int = 0, tokens: int = 0, keep: int = 0) -> None:
         """Writes `directory`/step-N: weights, optimizer state, shape. A collective."""

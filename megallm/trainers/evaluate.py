@@ -114,4 +114,7 @@ def _padded(rows: Sequence[Sequence[int]], starts: Sequence[int], multiple: int)
         ids = torch.tensor(row)
         input_ids[i, : len(row) - 1] = ids[:-1]
         labels[i, starts[i] - 1 : len(row) - 1] = ids[starts[i] :]
-    return {"input_ids": input_ids, "labels": labels, "lengths": torch.tensor([len(row) - 1 for row in rows])}
+    return {
+        "input_ids": input_ids, "labels": labels, "lengths": torch.tensor([len(row) - 1 for row in rows]),
+        "output_mask": labels != IGNORE_INDEX,
+    }  # fmt: skip

@@ -12,12 +12,14 @@ import torch
 
 from megallm.checkpoint import sharded
 from megallm.checkpoint.adapters import read_lora_config
-from megallm.config.check_finetune import check_examples
+from megallm.config.check_finetune import before_epochs, check_examples
 from megallm.config.checkpoint import CheckpointConfig
 from megallm.config.data import DataConfig
 from megallm.config.finetune import DpoConfig, RewardConfig, SftConfig
+from megallm.config.lora import LoraConfig
 from megallm.config.model import ModelConfig
 from megallm.config.optim import OptimConfig
+from megallm.config.rl import RlConfig
 from megallm.config.run import RunConfig
 from megallm.config.train import TrainConfig
 from megallm.data.finetune import PairDataset
@@ -40,7 +42,7 @@ _ROUND_TO = 8
 """Rows are as long as their batch's longest, rounded up to this (times tp)."""
 
 FinetuneConfig = SftConfig | RewardConfig | DpoConfig
-Run = TypeVar("Run", bound=FinetuneConfig)
+Run = TypeVar("Run", bound=FinetuneConfig | RlConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +90,17 @@ def with_base_model(run: Run, info: LaunchInfo, device: torch.device, *, cache_d
 
 
 def open_base(
-    run: FinetuneConfig, *, world_size: int, device: torch.device, head: Head, drop: bool = True
+    run: FinetuneConfig | RlConfig, *, world_size: int, device: torch.device, head: Head, drop: bool = True
 ) -> Base:
     """The model that `run` starts from, its shape checked. ValueError or FileNotFoundError.
 
     drop: whether the model's dropout stays; losses that compare two passes want none.
     """
-    check_examples(run.data)
     assert run.model is not None, "with_base_model comes first"
     source = open_model(run.model, from_scratch=run.from_scratch, head=head)
     config = source.config if drop else source.config.replace(hidden_dropout=0.0, attention_dropout=0.0)
-    check_shape(run, config, world_size=world_size, device=device)
-    _check_quantized_once(run, source)
+    check_shape(before_epochs(run), config, world_size=world_size, device=device)
+    _check_quantized_once(run.lora, source)
     tokenizer = source.tokenizer() if run.data.tokenizer is None else Tokenizer.from_path(run.data.tokenizer)
     if tokenizer is None:
         raise ValueError(f"{run.model} has no tokenizer.json beside it: give one with --tokenizer")
@@ -153,15 +154,15 @@ def show(plan: FinetunePlan[Dataset], number: int, *, colour: bool) -> str:
     return "\n".join([*plan.job.notes, show_masks(plan.data.examples, plan.job.tokenizer, number, colour=colour)])
 
 
-def _check_quantized_once(run: FinetuneConfig, source: ModelSource) -> None:
+def _check_quantized_once(lora: LoraConfig, source: ModelSource) -> None:
     """ValueError where weights in 4 bits would take adapters up and be quantised a second time."""
-    if source.kind != "checkpoint" or source.path is None or not run.lora.is_nf4:
+    if source.kind != "checkpoint" or source.path is None or not lora.is_nf4:
         return
     saved = read_lora_config(source.path)
     if saved is not None and saved.is_nf4:
         raise ValueError(
-            f"{run.model} has adapters beside weights in 4 bits; with lora_base nf4 their sum would be quantised again "
-            "and lose what the adapters learned: use lora_base model, or go on in the same --save"
+            f"{source.path} has adapters beside weights in 4 bits; with lora_base nf4 their sum would be quantised "
+            "again and lose what the adapters learned: use lora_base model, or go on in the same --save"
         )
 
 
@@ -179,10 +180,12 @@ def plan_comparisons(
     device: torch.device,
 ) -> FinetunePlan[PairDataset]:
     """The checked run of a trainer that compares responses, without dropout; `only_pairs`: rankings are refused."""
+    check_examples(run.data)
     base = open_base(run, world_size=world_size, device=device, head=head, drop=False)
     data = comparison_data(
         run.data, tokenizer=base.tokenizer, model=base.source.directory, seq_length=run.train.seq_length,
         seed=run.train.seed, multiple=base.multiple, only_pairs=only_pairs,
+        outputs="ends" if head == "scalar" else "responses",
     )  # fmt: skip
     return plan_finetune(run, base, data, world_size=world_size, local_world_size=local_world_size, device=device)
 

@@ -4,12 +4,14 @@ A trainer brings its data, its loss and what it validates:
 
     plan = plan_job(run, source=..., config=..., tokenizer=..., ...)      everything a user can get wrong, no ranks yet
     engine = run_job(plan, info, device, loader=..., loss_fn=..., validate=...)
+
+A trainer whose steps are more than a batch and a loss brings a program (loop.py): `run_program`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +43,19 @@ from megallm.parallel.mesh import Mesh, start_process_group
 from megallm.pipeline.partition import partition_layers
 from megallm.planner.memory import MemoryPlan
 from megallm.runtime.environment import LaunchInfo
+from megallm.runtime.lock import sole_writer
 from megallm.runtime.logging import Log
 from megallm.trainers.engine import DTYPES, Engine
-from megallm.trainers.loop import Loader, Outputs, train_loop
+from megallm.trainers.loop import Loader, Outputs, Program, Supervised, Validate, train_loop
 from megallm.trainers.losses import Batch, LossFunction, count_labels
 from megallm.trainers.memory import MemoryReport, check_offload, device_capacity, plan_memory
 from megallm.trainers.source import ModelSource
+
+_KEPT = (
+    ("model",), ("data", "data"), ("train", "seed"), ("rewards", "reward"), ("ppo", "critic"),
+    ("rollout", "rollout_batch_size"), ("rollout", "samples_per_prompt"), ("rollout", "temperature"),
+)  # fmt: skip
+"""Settings that a resumed run is expected to have as before; another one is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,8 @@ class JobPlan:
     """Adapters that train instead of the weights; None or rank 0 = none."""
     neftune_alpha: float = 0.0
     """Of the noise on the embeddings of training steps."""
+    step_words: str = ""
+    """What a step is, said at the start; empty = a batch."""
 
 
 def check_shape(run: JobConfig, config: ModelConfig, *, world_size: int, device: torch.device) -> None:
@@ -134,25 +145,48 @@ def run_job(
     *,
     loader: Callable[[Engine], Loader],
     loss_fn: LossFunction,
-    validate: Callable[[Engine], Callable[[], dict[str, float]] | None],
+    validate: Callable[[Engine], Validate | None],
     count_fn: Callable[[Batch], torch.Tensor] = count_labels,
 ) -> Engine:
     """Trains as planned; leaves checkpoints, metrics and a plot in the save directory. A collective of the job.
 
     loader, validate: what gives batches, and the validation's metrics (None = there is none), on this rank's engine.
     """
+
+    @contextmanager
+    def program(engine: Engine, state: TrainState) -> Iterator[Supervised]:
+        announce = Log(info.rank).info
+        with closing(loader(engine)) as batches:
+            yield Supervised(
+                engine, batches, loss_fn, count_fn=count_fn, samples_per_step=plan.run.train.global_batch_size,
+                memory=MemoryReport(engine, plan.memory, announce=announce), validate=validate(engine),
+            )  # fmt: skip
+
+    return run_program(plan, info, device, program=program)
+
+
+def run_program(
+    plan: JobPlan,
+    info: LaunchInfo,
+    device: torch.device,
+    *,
+    program: Callable[[Engine, TrainState], AbstractContextManager[Program]],
+    draw: Callable[[Path, Log], None] | None = None,
+) -> Engine:
+    """Trains as planned by steps of `program`, which is made for the engine and where it resumes. A collective.
+
+    draw: the pictures of the metrics in a file; None = those of losses and preferences.
+    """
     run, log = plan.run, Log(info.rank)
-    start_process_group(rank=info.rank, world_size=info.world_size, device=device)
-    engine = _build(plan, device, log)
-    _announce(plan, engine.mesh, log)
-    state = _start(plan, engine, log)
-    outputs = _outputs(run)
-    with closing(loader(engine)) as batches:
-        train_loop(
-            engine, run, batches, loss_fn, count_fn=count_fn, validate=validate(engine), state=state, outputs=outputs,
-            memory=MemoryReport(engine, plan.memory, announce=log.info),
-        )  # fmt: skip
-    _conclude(plan, engine, log, outputs)
+    with sole_writer(run.checkpoint.save if info.rank == 0 else None):
+        start_process_group(rank=info.rank, world_size=info.world_size, device=device)
+        engine = _build(plan, device, log)
+        _announce(plan, engine.mesh, log)
+        state = _start(plan, engine, log)
+        outputs = _outputs(run)
+        with program(engine, state) as steps:
+            train_loop(engine, run, steps, state=state, outputs=outputs)
+        _conclude(plan, engine, log, outputs, draw or (lambda metrics, log: _plot(plan, metrics, log)))
     return engine
 
 
@@ -199,16 +233,22 @@ def _resume_from(run: JobConfig) -> Path | None:
 
 
 def _changed_since(checkpoint: Path, run: JobConfig) -> list[str]:
-    """Warnings, where a run goes on with another model to start from, or other data."""
+    """Warnings, where a run goes on with another model to start from, other data, other rewards and the like."""
     before, now = sharded.read_run(checkpoint), to_plain(run)
     found = []
-    for flag, value, was in (
-        ("--model", now.get("model"), before.get("model")),
-        ("--data", now.get("data", {}).get("data"), before.get("data", {}).get("data")),
-    ):
-        if before and value != was:
+    for path in _KEPT if before else ():  # what a run began with
+        was, value = (_at(settings, path) for settings in (before, now))
+        if value != was:
+            flag = "--" + path[-1].replace("_", "-")
             found.append(f"{checkpoint} was made with {flag} {_words(was)}, and goes on with {_words(value)}")
     return found
+
+
+def _at(settings: Any, path: Sequence[str]) -> Any:
+    """None where it is not set."""
+    for name in path:
+        settings = (settings or {}).get(name)
+    return settings or None
 
 
 def _words(value: Any) -> str:
@@ -237,23 +277,27 @@ def _announce(plan: JobPlan, mesh: Mesh, log: Log) -> None:
     )
     log.info(
         f"{mesh.world.size} ranks = tp {mesh.tp.size} x pp {mesh.pp.size} x dp {mesh.dp.size} on {mesh.device.type}; "
-        f"one step = {run.train.global_batch_size} {_what_a_sample_is(plan)} {run.train.seq_length} tokens"
+        f"one step = {plan.step_words or _step_words(plan)}"
     )
     for note in plan.notes:
         log.info(note)
     log.info(format_memory_table(plan.memory, capacity=device_capacity(mesh.device)))
 
 
-def _what_a_sample_is(plan: JobPlan) -> str:
-    return "sequences of" if plan.rows_per_sample == 1 else f"groups of {plan.rows_per_sample} responses of up to"
+def _step_words(plan: JobPlan) -> str:
+    train, rows = plan.run.train, plan.rows_per_sample
+    sample = "sequences of" if rows == 1 else f"groups of {rows} responses of up to"
+    return f"{train.global_batch_size} {sample} {train.seq_length} tokens"
 
 
-def _conclude(plan: JobPlan, engine: Engine, log: Log, outputs: Outputs) -> None:
+def _conclude(
+    plan: JobPlan, engine: Engine, log: Log, outputs: Outputs, draw: Callable[[Path, Log], None]
+) -> None:
     if engine.mesh.world.rank != 0 or outputs.metrics is None or not outputs.metrics.is_file():
         return
     if outputs.checkpoints is not None and plan.tokenizer is not None:
         plan.tokenizer.save(outputs.checkpoints)
-    _plot(plan, outputs.metrics, log)
+    draw(outputs.metrics, log)
     log.info(f"metrics     {outputs.metrics}")
     if outputs.checkpoints is not None:
         log.info(f"checkpoint  {sharded.latest(outputs.checkpoints)}")

@@ -1,5 +1,6 @@
-"""The training loop: batches in, steps, log lines, validation, checkpoints. The same for every trainer.
+"""The loop of a run: steps, log lines, validation, checkpoints. The same for every trainer.
 
+What a step is, a Program knows: an optimizer step on a batch (`Supervised`), or a rollout with its updates (rl.py).
 Where a run stands is (step, consumed samples, tokens); the data of a step follows from the consumed samples, so a run
 that stops and resumes trains on exactly what it would have seen.
 """
@@ -22,7 +23,9 @@ from megallm.model.counts import model_flops_per_token
 from megallm.monitor.console import Console
 from megallm.monitor.metrics import MetricsWriter
 from megallm.monitor.throughput import Throughput, memory_gib
+from megallm.optim.clip import GradientNorm
 from megallm.optim.lr_schedule import learning_rate_at
+from megallm.runtime.failure import RunStopped
 from megallm.trainers.bad_steps import BadSteps
 from megallm.trainers.engine import Engine
 from megallm.trainers.losses import Batch, LossFunction, count_labels
@@ -42,6 +45,73 @@ class Loader(Protocol):
         ...
 
 
+class Result(Protocol):
+    """What a step leaves behind."""
+
+    @property
+    def grad_norm(self) -> GradientNorm:
+        """Before clipping; asked where it came from if it is not finite."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """`loss`, `grad_norm`, `count`, `tokens` (of this step) and the trainer's own. A collective, and waits."""
+        ...
+
+
+Validate = Callable[[], dict[str, float]]
+"""The metrics of a validation. A collective."""
+
+
+class Program(Protocol):
+    """What a run does in a step, how it is validated, and what its checkpoints hold beside the model."""
+
+    @property
+    def validate(self) -> Validate | None:
+        """What the metrics file has as `valid_NAME`; None = there is none."""
+        ...
+
+    def step(self, state: TrainState, learning_rate: float) -> tuple[Result, int]:
+        """One step from where the run stands: (its numbers, samples it consumed). A collective."""
+        ...
+
+    def save(self, directory: Path, state: TrainState, *, keep: int) -> TrainState:
+        """Called before the model is saved in `directory`; `state` with what it is to hold. A collective."""
+        ...
+
+
+class Supervised:
+    """An optimizer step a step, on batches from a loader."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        loader: Loader,
+        loss_fn: LossFunction,
+        *,
+        samples_per_step: int,
+        count_fn: Callable[[Batch], torch.Tensor] = count_labels,
+        memory: MemoryReport | None = None,
+        validate: Validate | None = None,
+    ) -> None:
+        self._engine, self._loader, self._loss_fn, self._count_fn = engine, loader, loss_fn, count_fn
+        self._samples_per_step, self._memory = samples_per_step, memory
+        self.validate = validate
+        """See Program."""
+
+    def step(self, state: TrainState, learning_rate: float) -> tuple[StepResult, int]:
+        """See Program."""
+        batch = self._loader.batch(state.consumed_samples)
+        with nullcontext() if self._memory is None else self._memory.step():
+            result = self._engine.train_step(
+                batch, self._loss_fn, learning_rate=learning_rate, count_fn=self._count_fn
+            )
+        return result, self._samples_per_step
+
+    def save(self, directory: Path, state: TrainState, *, keep: int) -> TrainState:
+        """See Program."""
+        return state
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
     """Where a run's results go; nothing on ranks other than 0, nothing without a save directory."""
@@ -55,26 +125,24 @@ class Outputs:
 def train_loop(
     engine: Engine,
     run: JobConfig,
-    loader: Loader,
-    loss_fn: LossFunction,
+    program: Program,
     *,
-    count_fn: Callable[[Batch], torch.Tensor] = count_labels,
-    validate: Callable[[], dict[str, float]] | None,
     state: TrainState,
     outputs: Outputs,
-    memory: MemoryReport | None = None,
 ) -> TrainState:
     """Trains from `state` to `run.train.steps`; returns where it ended. A collective.
 
-    validate: the validation's `loss` and what else the metrics file is to have as `valid_NAME`; None = there is none.
+    A step that cannot be done (RunStopped, on all ranks alike) leaves a checkpoint of the steps before it.
     """
-    loop = _Loop(engine, run, validate, state, outputs)
+    loop = _Loop(engine, run, program, state, outputs)
     for step in range(state.step, run.train.steps):
         learning_rate = learning_rate_at(step, config=run.optim, total_steps=run.train.steps)
-        batch = loader.batch(loop.state.consumed_samples)
-        with nullcontext() if memory is None else memory.step():
-            result = engine.train_step(batch, loss_fn, learning_rate=learning_rate, count_fn=count_fn)
-        loop.after_step(result, learning_rate)
+        try:
+            result, consumed = program.step(loop.state, learning_rate)
+        except RunStopped:
+            loop.keep()
+            raise
+        loop.after_step(result, learning_rate, consumed)
     loop.close()
     return loop.state
 
@@ -86,14 +154,15 @@ class _Loop:
         self,
         engine: Engine,
         run: JobConfig,
-        validate: Callable[[], dict[str, float]] | None,
+        program: Program,
         state: TrainState,
         outputs: Outputs,
     ) -> None:
-        self._engine, self._run, self._validate, self._outputs = engine, run, validate, outputs
+        self._program = program
+        self._engine, self._run, self._validate, self._outputs = engine, run, program.validate, outputs
         self.state = state
         self._saved_step = state.step
-        self._pending: list[tuple[int, float, StepResult]] = []
+        self._pending: list[tuple[int, float, Result]] = []
         is_writer = engine.mesh.world.rank == 0
         self._writer = None
         if is_writer and outputs.metrics is not None:
@@ -104,10 +173,10 @@ class _Loop:
         self._throughput = _throughput(engine, run)
         self._bad_steps = BadSteps(most_in_a_row=run.numerics.max_bad_steps)
 
-    def after_step(self, result: StepResult, learning_rate: float) -> None:
+    def after_step(self, result: Result, learning_rate: float, consumed: int) -> None:
         """Counts the step; logs, validates and saves when due."""
         train = self._run.train
-        consumed = self.state.consumed_samples + train.global_batch_size
+        consumed += self.state.consumed_samples
         self.state = replace(self.state, step=self.state.step + 1, consumed_samples=consumed)
         step = self.state.step
         self._pending.append((step, learning_rate, result))
@@ -118,6 +187,14 @@ class _Loop:
             self._flush(with_validation=bool(is_eval))
         if (is_last or is_save) and self._outputs.checkpoints is not None:
             self._save()
+
+    def keep(self) -> None:
+        """Writes what is known, and a checkpoint."""
+        if self._pending:
+            self._flush(with_validation=False)
+        if self._outputs.checkpoints is not None:
+            self._save()
+        self.close()
 
     def close(self) -> None:
         """Ends the metrics file."""
@@ -131,7 +208,7 @@ class _Loop:
         for step, learning_rate, result in self._pending:
             values = result.metrics()
             seen += int(values.pop("tokens"))
-            notice = self._bad_steps.look(step, result, values)
+            notice = self._bad_steps.look(step, result.grad_norm, values)
             if notice and self._console is not None:
                 self._console.notice(notice)
             lines.append(
@@ -161,6 +238,8 @@ class _Loop:
         if self.state.step == self._saved_step:
             return
         assert self._outputs.checkpoints is not None
+        keep = self._run.checkpoint.keep
+        self.state = self._program.save(self._outputs.checkpoints, self.state, keep=keep)
         sharded.save(
             self._outputs.checkpoints,
             self._engine.model,
@@ -168,7 +247,7 @@ class _Loop:
             self.state,
             flat=self._engine.flat,
             run_config=self._outputs.settings,
-            keep=self._run.checkpoint.keep,
+            keep=keep,
         )
         self._saved_step = self.state.step
         self._throughput.start()

@@ -22,7 +22,7 @@ from megallm.parallel.mesh import Axis
 KlEstimator = Literal["k1", "k2", "k3"]
 GroupBaseline = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
 _EPS = 1e-8
-_LOG_RATIO_LIMIT = 20.0
+LOG_RATIO_LIMIT = 20.0
 """Beyond it exp would leave fp32; such tokens are far outside any clip range."""
 
 
@@ -32,7 +32,7 @@ def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor, kind: KlEstimat
     With d = log p - log p_ref: k1 = d, unbiased, of either sign; k2 = d^2 / 2, biased, its gradient is the KL's; k3 =
     exp(-d) - 1 + d, unbiased, never negative (Schulman, "Approximating KL divergence", 2020).
     """
-    d = (logprobs - reference).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+    d = (logprobs - reference).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     if kind == "k1":
         return d
     return 0.5 * d.square() if kind == "k2" else torch.expm1(-d) + d

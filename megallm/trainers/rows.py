@@ -52,6 +52,20 @@ def row_sums(values: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tens
     return torch.segment_reduce(flat, "sum", offsets=offsets)[:-1]
 
 
+def row_means(values: torch.Tensor, mask: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B]: the mean of each row over the mask, both as in `row_sums`; 0 where a row has nothing. Differentiable."""
+    count = row_sums(mask.to(values.dtype), batch)
+    return row_sums(torch.where(mask, values, 0.0), batch) / count.clamp(min=1)
+
+
+def per_token(values: torch.Tensor, batch: dict[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """values [B] at every token of their rows, [B, S] or, of rows end to end, [1, T] with 0 in the padding."""
+    if ROW_OFFSETS not in batch:
+        return values.unsqueeze(1).expand(like.shape)
+    ends = F.pad(batch[ROW_OFFSETS], (0, 1), value=like.numel())
+    return F.pad(values, (0, 1)).repeat_interleave(ends.diff(), output_size=like.numel()).view(like.shape)
+
+
 def last_values(values: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """[B]: the value at each row's last real token, found by its place and never by its id; values as in `row_sums`."""
     if ROW_OFFSETS not in batch:

@@ -77,7 +77,7 @@ def read_calibration(checkpoint: Path) -> Calibration:
     try:
         return from_plain(Calibration, json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): copy it again, or give --raw for scores without it") from error
+        raise ValueError(f"{file} is damaged ({error}): copy it again, remove it, or give --raw") from error
 
 
 def _rows(sequences: Sequence[Sequence[int]], multiple: int) -> Batch:
@@ -85,4 +85,6 @@ def _rows(sequences: Sequence[Sequence[int]], multiple: int) -> Batch:
     input_ids = torch.zeros(len(sequences), longest + -longest % multiple, dtype=torch.int64)
     for row, ids in enumerate(sequences):
         input_ids[row, : len(ids)] = torch.as_tensor(ids)
-    return {"input_ids": input_ids, "lengths": torch.tensor([len(ids) for ids in sequences])}
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    is_last = torch.arange(input_ids.size(1)) == lengths.unsqueeze(1) - 1
+    return {"input_ids": input_ids, "lengths": lengths, "output_mask": is_last}

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from megallm.config.check_finetune import check_sft
+from megallm.config.check_finetune import check_examples, check_sft
 from megallm.config.finetune import SftConfig
 from megallm.data.finetune import SftDataset
 from megallm.data.finetune_data import sft_data
@@ -25,6 +25,7 @@ def plan(
 ) -> FinetunePlan[SftDataset]:
     """The checked run. ValueError or FileNotFoundError, in one message, for everything a user can get wrong."""
     check_sft(run.sft)
+    check_examples(run.data)
     base = open_base(run, world_size=world_size, device=device, head="lm")
     data = sft_data(
         run.data, run.sft, tokenizer=base.tokenizer, model=base.source.directory, seq_length=run.train.seq_length,

@@ -33,6 +33,8 @@ from megallm.trainers.rows import lay_end_to_end
 
 _WIDTH = 8
 """Rows end to end are filled up to a multiple of this (times tp)."""
+_OUTPUTS, _WORTH_IT = 16, 0.9
+"""Tokens that have outputs are a multiple of the first, which fp8's products need; all, if more than this share."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def split_batch(
     `document_ids` [B, S], on the CPU, of packed sequences: runs of equal numbers attend to themselves alone.
     `lengths` [B]: rows end there, and are laid end to end (rows.py); not with dropout, whose masks must not depend on
     the rows beside.
+    `output_mask` [B, S] bool, on the CPU: the tokens whose outputs the loss reads; the others' may be anything.
     """
     size = batch["input_ids"].size(0)
     if size % num_microbatches:
@@ -154,6 +157,7 @@ def split_batch(
             documents = Documents.of(part.pop("document_ids"))
         elif "lengths" in part and dropout_key is None:
             part, documents = lay_end_to_end(part, _WIDTH * mesh.tp.size)
+        outputs = _places(part.pop("output_mask")) if "output_mask" in part else None
         part = {name: tensor.to(mesh.device, non_blocking=True) for name, tensor in part.items()}
         batch_size, seq_length = part["input_ids"].shape
         positions = part.get("position_ids")
@@ -162,12 +166,23 @@ def split_batch(
             seq_length=seq_length,
             position_ids=None if positions is None else positions.reshape(-1),
             documents=None if documents is None else documents.to(mesh.device),
+            outputs=None if outputs is None else outputs.to(mesh.device),
             dropout=None
             if dropout_key is None
             else Dropout(key=dropout_key, sample_ids=part["sample_ids"], noise=noise),
         )
         microbatches.append(Microbatch(index=index, batch=part, context=context))
     return microbatches
+
+
+def _places(mask: torch.Tensor) -> torch.Tensor | None:
+    """[n]: where the mask [B, S] is set, and others, up to a multiple of _OUTPUTS; None where that leaves few out."""
+    flat = mask.flatten().clone()
+    number = int(flat.sum())
+    wanted = -(-max(1, number) // _OUTPUTS) * _OUTPUTS
+    flat[(~flat).nonzero()[: wanted - number, 0]] = True
+    found = flat.nonzero().squeeze(1)
+    return found if len(found) <= _WORTH_IT * len(flat) else None
 
 
 def dropout_key(seed: int, step: int) -> int:
