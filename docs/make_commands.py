@@ -21,7 +21,7 @@ from megallm.config.run import JobConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "commands.md"
-FINETUNING = ("sft", "reward", "dpo")
+AFTER_PRETRAINING = ("sft", "reward", "dpo", "ppo", "grpo")
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
 
@@ -44,7 +44,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
 def generated() -> str:
     """Everything between the markers."""
     parts = ["## examples/pretrain_gpt.py", *_run_tables("pretrain_gpt")]
-    for name in FINETUNING:
+    for name in AFTER_PRETRAINING:
         parts += [f"## examples/{name}.py", "The flags of pretraining but those of its data, and:", *_own_tables(name)]
     for name, what in COMMANDS.items():
         parts += [f"## megallm {name}", f"{what[0].upper()}{what[1:]}.", _parser_table(command_parser(name))]
@@ -77,7 +77,8 @@ def _run_tables(name: str, *, leave_out: Collection[str] = ()) -> list[str]:
         sections.setdefault(field.section or "run", []).append(_row(f"`{flag}`{values}", default, field.doc))
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--config", metavar="FILE", help="YAML file with values for these flags; flags win")
-    module.add_arguments(own)
+    if hasattr(module, "add_arguments"):
+        module.add_arguments(own)
     return [f"### {name}\n\n{_table(rows)}" for name, rows in sections.items()] + [
         f"### of this example\n\n{_parser_table(own)}"
     ]
