@@ -12,7 +12,7 @@ from megallm.data.reward_functions import boxed, check_text, exact_answer, funct
 
 
 def score(spec: str, completion: str, **record: Any) -> float:
-    found = load(spec)("a prompt", completion, record)
+    found = load(spec).score("a prompt", completion, record)
     assert isinstance(found, float)
     return found
 
@@ -152,9 +152,9 @@ def file(tmp_path: Path) -> Path:
 
 def test_functions_of_a_file_get_the_columns_that_they_take(file: Path) -> None:
     record = {"answer": 1, "prompt": "raw", "completion": "raw", "other": 2}
-    assert load(f"{file}:every")("p", "c", record) == {"answer": 1, "other": 2}
-    assert load(f"{file}:some")("p", "c", record) == ["p", "c", 1, 3]
-    assert load(f"{file}:kept")("p", "c", record) == 0.25
+    assert load(f"{file}:every").score("p", "c", record) == {"answer": 1, "other": 2}
+    assert load(f"{file}:some").score("p", "c", record) == ["p", "c", 1, 3]
+    assert load(f"{file}:kept").score("p", "c", record) == 0.25
     assert function_name(f"{file}:kept") == "kept"
 
 

@@ -231,7 +231,7 @@ def test_a_worker_in_a_call_ends_by_its_own_timer_when_its_parent_is_killed(file
     assert worker.stdin is not None and worker.stdout is not None
     worker.stdin.write(start.encode() + b'{"prompt": "", "completion": "hold", "record": {}}\n')
     worker.stdin.close()
-    assert worker.stdout.read() == b'{"ready": true}\n'
+    assert worker.stdout.read() == b'{"ready": true, "columns": []}\n'
     assert worker.wait(timeout=100) == -signal.SIGALRM
     worker.stdout.close()
 
@@ -272,6 +272,10 @@ def test_specs_that_cannot_be_used_are_refused_when_made(file: Path, name: str, 
 def test_good_specs_pass_and_arguments_are_checked(file: Path) -> None:
     for spec in (f"{file}:score", "exact_answer", "format:a+", "python_tests:20"):
         check_spec(spec)
+    needs = {"exact_answer": ("answer",), "boxed": ("answer",), "format": ("format",), "format:a": (), "length": ()}
+    assert {spec: check_spec(spec) for spec in needs} == needs
+    file.write_text("def named(prompt, completion, a, *, b, c=1, **others): ...")
+    assert check_spec(f"{file}:named") == ("a", "b")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         check_spec(f"{file.parent / 'none.py'}:score")
     with pytest.raises(ValueError, match="is no reward function"):

@@ -48,6 +48,10 @@ RUNS: dict[str, RlConfig] = {
         rollout=RolloutOptions(rollout_batch_size=4, samples_per_prompt=4, max_new_tokens=12),
         grpo=GrpoOptions(dynamic_sampling=1),
     ),
+    "reinforce++": GrpoConfig(
+        **BASE, policy=replace(POLICY, kl_in="reward"), grpo=GrpoOptions(advantage="reinforce++"),
+        rollout=RolloutOptions(rollout_batch_size=16, max_new_tokens=12),
+    ),
 }  # fmt: skip
 LAYOUTS = {
     "tp2-pp2-dp2": {"tp": 2, "pp": 2, "dp": 2},

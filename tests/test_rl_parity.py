@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from megallm.parallel.logprobs import VocabLogits
+from megallm.config.rl import GrpoOptions
+from megallm.parallel.logprobs import IGNORE_INDEX, VocabLogits
 from megallm.parallel.mesh import Mesh
+from megallm.trainers.grpo import Groups
 from megallm.trainers.policy_losses import PolicyLoss, ValueLoss
 from megallm.trainers.rollout_maths import (
     AdaptiveKl,
@@ -23,6 +25,7 @@ from megallm.trainers.rollout_maths import (
     kl_estimate,
     last_place,
     missing_end,
+    returns_to_go,
     token_rewards,
     whiten,
 )
@@ -188,28 +191,29 @@ def test_advantages_of_groups_of_unlike_sizes(name: str) -> None:
         near(found.unsqueeze(1).expand(B, R), VERL[f"{name}/{kind}"], mask)
 
 
+def advantages_of(kind: str, mask: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    """What GRPO's trainer makes of the scores."""
+    rows = {"labels": torch.where(mask, 1, IGNORE_INDEX)}
+    Groups(GrpoOptions(advantage=kind)).add_to(rows, X["scores"], X["groups"], cost)  # type: ignore[arg-type]
+    return rows["advantages"]
+
+
 @SETTLED
-def test_reinforce_with_a_baseline_is_whitened_over_tokens_by_the_others(name: str) -> None:
-    """verl and OpenRLHF (biased) whiten the differences over tokens, so that long responses weigh more; that is
-    `whiten` of "dr_grpo" by token. "reinforce++" here is over responses: where all have one length, it differs by the
-    factor that one variance is over B - 1 and the other over B times the length - 1."""
+def test_reinforce_with_a_baseline_is_whitened_over_tokens(name: str) -> None:
     mask = MASKS[name]
-    centred = group_advantages(X["scores"], X["groups"], kind="dr_grpo")[0]
-    found = whiten(centred.unsqueeze(1).expand(B, R), mask)
+    found = advantages_of("reinforce++_baseline", mask, torch.zeros(B, R).double())
     near(found, VERL[f"{name}/reinforce++/baseline"], mask)
     near(biased(found, mask), OPENRLHF[f"{name}/advantages/reinforce_baseline"], mask)
-    equal = torch.ones(B, 4).bool()
-    tokens = whiten(centred.unsqueeze(1).expand(B, 4), equal)[:, 0]
-    own = group_advantages(X["scores"], X["groups"], kind="reinforce++", eps=0.0)[0]
-    near(own, tokens * (B / (B - 1) * (4 * B - 1) / (4 * B)) ** -0.5)
 
 
 @SETTLED
-def test_reinforce_without_a_critic_is_gae_with_values_of_zero(name: str) -> None:
-    mask = MASKS[name]
-    advantages, returns = gae(own_rewards(mask), torch.zeros(B, R).double(), mask, gamma=C["GAMMA"], lam=1.0)
+def test_reinforce_without_a_critic(name: str) -> None:
+    """Of discounted returns, as verl has them; the trainer does not discount."""
+    mask, cost = MASKS[name], C["KL_COEFFICIENT"] * kl_estimate(LOGPROBS, X["ref_logprobs"])
+    returns = returns_to_go(own_rewards(mask), mask, gamma=C["GAMMA"])
     near(returns, VERL[f"{name}/reinforce++/returns"], mask)
-    near(whiten(advantages, mask), VERL[f"{name}/reinforce++"], mask)
+    near(whiten(returns, mask), VERL[f"{name}/reinforce++"], mask)
+    near(advantages_of("reinforce++", mask, cost), whiten(returns_to_go(own_rewards(mask), mask), mask))
 
 
 # losses

@@ -55,6 +55,9 @@ def broken(prompt, completion, **record):
 def none(prompt, completion, **record):
     return float("nan") if "3" in prompt else 0.5
 
+def named(prompt, completion, answer, wish):
+    return 0.0
+
 def blocks(prompt, completion, **record):
     while "3" in prompt:
         pass
@@ -80,6 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = [{"prompt": f"Day {i}:", "completion": " the sea was calm."} for i in range(20)]
     (root / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in text))
+    (root / "questions.jsonl").write_text('{"question": "1+1"}\n')
     (root / "own.py").write_text(REWARDS)
     return root
 
@@ -129,8 +133,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
                   "k1", "--aggregation", "sequence", "--normalize-scores", "batch"]),
         ("grpo", [*GROUPS, "--dynamic-sampling", "2", "--advantage", "dr_grpo", "--aggregation", "constant",
                   "--importance", "sequence", "--clip-low", "3e-4", "--clip-high", "4e-4", "--zero", "3"]),
-        ("grpo", [*GROUPS, "--advantage", "reinforce++", "--kl-coefficient", "0.05", "--lora-rank", "2",
+        ("grpo", [*GROUPS, "--advantage", "reinforce++_baseline", "--kl-coefficient", "0.05", "--lora-rank", "2",
                   "--entropy-coefficient", "0.01", "--dual-clip", "3"]),
+        ("grpo", ["--advantage", "reinforce++", "--kl-coefficient", "0.05", "--kl-in", "reward", "--kl-estimator",
+                  "k1", "--valid-data", "PROMPTS", "--eval-every", "2"]),
     ],
 )  # fmt: skip
 def test_a_run_leaves_its_files_and_goes_on_where_it_stopped(
@@ -151,7 +157,7 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_stopped(
     last = whole[-1]
     assert {"score", "score_taste", "score_share", "entropy", "mismatch", "response_length", "ratio"} <= set(last)
     assert ("explained_variance" in last) == (name == "ppo") and ("ptx_loss" in last) == ("--ptx-data" in flags)
-    assert ("silent_groups" in last) == (name == "grpo")
+    assert ("silent_groups" in last) == (name == "grpo" and "reinforce++" not in flags)
     samples = [json.loads(line) for line in (tmp_path / "parts" / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in samples] == [1, 2, 3, 4]
     assert set(samples[0]["samples"][0]) == {"prompt", "completion", "score", "finish_reason"}
@@ -206,6 +212,19 @@ def test_a_damaged_calibration_is_told_before_anything_starts(example: Run, fold
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flag", ["--reward", "--critic", "--model"])
+def test_damaged_weights_are_told_before_anything_starts(
+    flag: str, example: Run, folder: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(folder / ("model" if flag == "--model" else "taste"), tmp_path / "other")
+    file = next(latest(other).glob("model/*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+    rewards = [] if flag == "--reward" else ["--reward", folder / "taste"]
+    with pytest.raises(UsageError, match="is damaged or was cut off .*: copy the checkpoint again"):
+        example("ppo", *rewards, flag, other, "--save", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_first_iteration_knows_that_nothing_has_moved(example: Run, folder: Path, tmp_path: Path) -> None:
     """The policy is the reference: KL 0, ratio 1, sampler and training forward agree."""
     example("ppo", "--reward", folder / "taste", "--steps", "1", "--update-epochs", "1", "--rollout-batch-size", "4",
@@ -237,6 +256,8 @@ def test_the_first_iteration_knows_that_nothing_has_moved(example: Run, folder: 
         (["--top-p", "0.9"], ["unknown flag --top-p"]),
         (["--eval-every", "2"], ["eval_every (2)", "valid_data"]),
         (["--reward", "python_tests"], ["needs the column 'tests'", "answer, bonus, prompt"]),
+        (["--reward", "OWN.PY:NAMED"], ["own.py:named needs the column 'wish'", "answer, bonus, prompt"]),
+        (["--data", "QUESTIONS.JSONL"], ["questions.jsonl:1", "no prompt", "['question']", "the key prompt"]),
         (["--reward", "length", "--offload-frozen", "--kl-coefficient", "0"], ["offload_frozen without a frozen"]),
         (["--template", "nothing"], ["'nothing'", "or text for none"]),
     ],
@@ -318,6 +339,12 @@ def test_grpo_without_groups_and_ppo_from_grpos_checkpoint_are_refused(
         example("grpo", "--reward", own(folder, "share"), *GROUPS, "--critic-tp", "2", "--save", tmp_path)
     with pytest.raises(UsageError, match="samples_per_prompt .1. makes no groups"):
         example("grpo", "--reward", own(folder, "share"), "--samples-per-prompt", "1", "--save", tmp_path)
+    for flags, said in (("--dynamic-sampling 1", "has no groups"), ("--importance sequence", "has one a token")):
+        with pytest.raises(UsageError, match=said):
+            example(
+                "grpo", "--reward", own(folder, "share"), "--advantage", "reinforce++", *flags.split(), "--save",
+                tmp_path,
+            )  # fmt: skip
     example("grpo", "--reward", own(folder, "share"), *GROUPS, "--steps", "1", "--save", tmp_path)
     with pytest.raises(UsageError, match="has no critic beside it"):
         example("ppo", "--reward", folder / "taste", "--save", tmp_path)

@@ -19,6 +19,7 @@ from megallm.trainers.rollout_maths import (
     last_place,
     missing_end,
     moments,
+    returns_to_go,
     token_rewards,
     whiten,
 )
@@ -135,14 +136,15 @@ def test_advantages_of_groups_wherever_their_members_lie() -> None:
     assert tells.tolist() == [True, True, True, False, False, True, True]
 
 
-def test_reinforce_divides_by_the_deviation_of_the_batch() -> None:
-    centred = group_advantages(SCORES, GROUPS, kind="dr_grpo")[0].tolist()
-    found = group_advantages(SCORES, GROUPS, kind="reinforce++", eps=0.0)[0].tolist()
-    assert found == pytest.approx([x / statistics.stdev(centred) for x in centred], abs=1e-6)
+def test_returns_to_go_are_sums_of_what_comes() -> None:
+    rewards = torch.tensor([[1.0, 9.0, 2.0, -4.0], [0.5, 0.25, 9.0, 9.0]])
+    mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
+    assert returns_to_go(rewards, mask).tolist() == [[-1.0, 0.0, -2.0, -4.0], [0.75, 0.25, 0.0, 0.0]]
+    assert returns_to_go(rewards, mask, gamma=0.5).tolist() == [[1.0, 0.0, 0.0, -4.0], [0.625, 0.25, 0.0, 0.0]]
 
 
 def test_a_response_alone_in_its_group_tells_nothing() -> None:
-    for kind in ("grpo", "dr_grpo", "rloo", "reinforce++"):
+    for kind in ("grpo", "dr_grpo", "rloo"):
         found, tells = group_advantages(torch.tensor([3.0]), torch.tensor([0]), kind=kind)  # type: ignore[arg-type]
         assert found.tolist() == [0.0] and tells.tolist() == [False]
 

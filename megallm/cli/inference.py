@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from megallm.checkpoint.adapters import open_weights
 from megallm.config.check import check_layout
 from megallm.config.numerics import NumericsConfig, Precision
 from megallm.config.parallel import ParallelConfig
@@ -85,8 +84,7 @@ def open_job(args: argparse.Namespace) -> InferenceJob:
     if source.path is None:
         raise ValueError(f"--model {args.model} is a preset, which has no weights: give a directory that holds some")
     parallel = ParallelConfig(tp=args.tp, pp=args.pp, virtual_stages=args.virtual_stages)
-    if source.kind == "checkpoint":
-        open_weights(source.path, keep_adapters=True)  # a damaged file is told here, from the headers
+    source.check_weights()
     info = launch_info()
     check_layout(source.config, parallel, info.world_size)
     device = device_for(info.local_rank)

@@ -110,9 +110,25 @@ def _check_grpo(run: GrpoConfig) -> None:
             f"critic_tp ({run.meshes.critic_tp}) and critic_pp ({run.meshes.critic_pp}) are PPO's, GRPO has no critic: "
             "leave them out"
         )
-    if run.rollout.samples_per_prompt < 2:
+    if run.grpo.advantage == "reinforce++":
+        _check_reinforce(run)
+    elif run.rollout.samples_per_prompt < 2:
         raise ValueError(
-            f"samples_per_prompt ({run.rollout.samples_per_prompt}) makes no groups to compare within: use at least 2"
+            f"samples_per_prompt ({run.rollout.samples_per_prompt}) makes no groups to compare within: use at least 2, "
+            "or advantage reinforce++, which compares all answers"
         )
     if run.policy.kl_coefficient and run.policy.kl_in == "reward" and run.policy.kl_estimator != "k1":
         raise ValueError("a KL in the reward is summed over the answer, for which kl_estimator k1 is unbiased: use k1")
+
+
+def _check_reinforce(run: GrpoConfig) -> None:
+    if run.grpo.dynamic_sampling:
+        raise ValueError(
+            f"dynamic_sampling ({run.grpo.dynamic_sampling}) replaces groups that say nothing, and advantage "
+            "reinforce++ has no groups: leave it out, or use reinforce++_baseline"
+        )
+    if run.policy.importance != "token":
+        raise ValueError(
+            "importance sequence needs one advantage an answer, reinforce++ has one a token: use another advantage, or "
+            "importance token"
+        )

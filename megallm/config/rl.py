@@ -154,8 +154,8 @@ class PpoOptions:
 class GrpoOptions:
     """Advantages from groups."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++"] = "grpo"
-    """Of an answer over its group (docs/rl.md)."""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"] = "grpo"
+    """Of an answer over its group, or over all answers (docs/rl.md)."""
     dynamic_sampling: int = 0
     """Times that groups whose answers are all worth the same are replaced by those of other prompts (DAPO)."""
 

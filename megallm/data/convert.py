@@ -98,7 +98,15 @@ def prompts(
     def convert(record: Row) -> Messages:
         if "prompt" in record and data_format in (None, "prompt_completion", "preference", "ranking"):
             return check_prompt(_prompt_messages(record))
-        chosen = check_format(record, data_format)
+        try:
+            chosen = check_format(record, data_format)
+        except ValueError as error:
+            if data_format is not None:
+                raise
+            raise ValueError(
+                f"{place(record)}: no prompt is found under the keys {sorted(record)}: give the key prompt (a text or "
+                "a list of messages), or conversations in one of the formats that answers are learned from"
+            ) from error
         if chosen == "preference":
             return _preference(record).prompt
         if chosen == "text":

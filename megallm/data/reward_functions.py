@@ -119,6 +119,13 @@ OPTIONS: Mapping[str, _Option] = {
     "python_tests": _Option("test_limit_s", _seconds),
 }
 """What stands behind the colon of a built-in function."""
+_NEEDED: Mapping[str, str] = {
+    "exact_answer": "answer",
+    "boxed": "answer",
+    "format": "format",
+    "python_tests": "tests",
+}
+"""The column that a built-in function reads."""
 
 
 def check_text(spec: str) -> None:
@@ -140,23 +147,21 @@ def own_limit_s(spec: str) -> float:
     return float(_built_in(spec)[1].get("test_limit_s", TEST_LIMIT_S))
 
 
-def needed_column(spec: str) -> str | None:
-    """The column of a record without which the built-in function of a checked spec has no score; None if there is
-    none, or for a function of a file."""
-    if _file_and_name(spec) is not None:
-        return None
-    name, given = function_name(spec), _built_in(spec)[1]
-    column = {"exact_answer": "answer", "boxed": "answer", "format": "format", "python_tests": "tests"}.get(name)
-    return None if column in given else column
+@dataclass(frozen=True)
+class Loaded:
+    """A function that can be called."""
+
+    score: Score
+    columns: tuple[str, ...]
+    """Of a record, without which it has no score."""
 
 
-def load(spec: str) -> Score:
+def load(spec: str) -> Loaded:
     """The function. Runs the user's file. ValueError or FileNotFoundError, in words, for all that a user can get
     wrong; what the file itself raises is part of the message."""
     found = _file_and_name(spec)
     if found is None:
-        function, defaults = _built_in(spec)
-        return lambda prompt, completion, record: function(prompt, completion, **{**defaults, **_columns_of(record)})
+        return _load_built_in(spec)
     file, name = found
     module = _import(file)
     if not hasattr(module, name):
@@ -164,7 +169,7 @@ def load(spec: str) -> Score:
         listed = f"; it has {', '.join(defined)}" if defined else ""
         raise ValueError(f"{file} has no function {name}{listed}")
     function = getattr(module, name)
-    wanted = _wanted(function, f"{file}:{name}")
+    wanted, needed = _wanted(function, f"{file}:{name}")
 
     def score(prompt: str, completion: str, record: Mapping[str, Any]) -> Any:
         given = _columns_of(record)
@@ -172,7 +177,16 @@ def load(spec: str) -> Score:
             prompt, completion, **(given if wanted is None else {key: given[key] for key in wanted if key in given})
         )
 
-    return score
+    return Loaded(score, needed)
+
+
+def _load_built_in(spec: str) -> Loaded:
+    function, defaults = _built_in(spec)
+    needed = _NEEDED.get(function_name(spec))
+    return Loaded(
+        lambda prompt, completion, record: function(prompt, completion, **{**defaults, **_columns_of(record)}),
+        () if needed is None or needed in defaults else (needed,),
+    )
 
 
 def _file_and_name(spec: str) -> tuple[Path, str] | None:
@@ -236,8 +250,9 @@ def describe(error: BaseException, file: str = "") -> str:
     return f"{type(error).__name__}{': ' if said else ''}{said[:400]}{at}"
 
 
-def _wanted(function: Any, where: str) -> list[str] | None:
-    """Names of the columns that a function takes; None = all. ValueError if it cannot be called as it will be."""
+def _wanted(function: Any, where: str) -> tuple[list[str] | None, tuple[str, ...]]:
+    """Names of the columns that a function takes (None = all), and of those that it has no default for. ValueError if
+    it cannot be called as it will be."""
     rule = "it is called with (prompt, completion, **record): write `def NAME(prompt, completion, **record)`"
     if not callable(function):
         raise ValueError(f"{where} is no function but {type(function).__name__}")
@@ -253,9 +268,10 @@ def _wanted(function: Any, where: str) -> list[str] | None:
     others = [each for each in parameters if each not in first[:2]]
     if any(each.kind == each.POSITIONAL_ONLY for each in others):
         raise ValueError(f"{where}{inspect.signature(function)} does not fit: {rule}")
-    if any(each.kind == each.VAR_KEYWORD for each in others):
-        return None
-    return [each.name for each in others if each.kind != each.VAR_POSITIONAL]
+    named = [each for each in others if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    needed = tuple(each.name for each in named if each.default is each.empty)
+    takes_all = any(each.kind == each.VAR_KEYWORD for each in others)
+    return None if takes_all else [each.name for each in named], needed
 
 
 def _columns_of(record: Mapping[str, Any]) -> dict[str, Any]:

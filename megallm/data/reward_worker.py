@@ -1,7 +1,8 @@
 """The process that a reward function runs in: `python -m megallm.data.reward_worker`, started by reward_workers.py.
 
     stdin   {"spec": ..., "start_limit_s": 60, "limit_s": 10}, then {"prompt": ..., "completion": ..., "record": {...}}
-    stdout  {"ready": true} or {"refused": why}, then {"score": 1.0} or {"kind": "raised", "detail": ...} for each
+    stdout  {"ready": true, "columns": [...]} or {"refused": why}, then for each
+            {"score": 1.0} or {"kind": "raised", "detail": ...}
 
 A line each, in JSON. What the function prints goes to stderr, and there is nothing for it to read. The process ends
 when stdin does; in the middle of a call a timer of the kernel ends it a little after its limit, whatever holds the
@@ -29,16 +30,16 @@ def main() -> None:
     start = json.loads(calls.readline())
     _end_after(start["start_limit_s"])
     try:
-        function = load(start["spec"])
+        loaded = load(start["spec"])
     except (ValueError, OSError) as error:
         _send(replies, {"refused": str(error)})
         os._exit(0)
     _end_after(None)
-    _send(replies, {"ready": True})
+    _send(replies, {"ready": True, "columns": loaded.columns})
     for line in calls:
         call = json.loads(line)
         _end_after(start["limit_s"])
-        reply = _reply(function, call)
+        reply = _reply(loaded.score, call)
         _end_after(None)
         _send(replies, reply)
     os._exit(0)  # threads that the function may have left are not waited for

@@ -88,6 +88,11 @@ class RewardWorkers:
             self.close()
             raise
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of a record, without which the function has no score, as far as its parameters tell."""
+        return next((child.columns for child in self._children if child is not None), ())
+
     def score(self, rows: Sequence[Call]) -> list[float | Failure]:
         """What the function says of each row, in their order: a finite number, or why there is none."""
         lines = [_line({**vars(row), "record": dict(row.record)}) for row in rows]
@@ -144,12 +149,14 @@ class RewardWorkers:
         self.close()
 
 
-def check_spec(spec: str, *, start_timeout_s: float = START_TIMEOUT_S) -> None:
-    """ValueError or FileNotFoundError if there is no such function, its file cannot be loaded, or it cannot be called
-    with (prompt, completion, **record). Runs the file, in a process of its own."""
+def check_spec(spec: str, *, start_timeout_s: float = START_TIMEOUT_S) -> tuple[str, ...]:
+    """The columns that the function needs. ValueError or FileNotFoundError if there is no such function, its file
+    cannot be loaded, or it cannot be called with (prompt, completion, **record). Runs the file, in a process of its
+    own."""
     check_text(spec)
     timeout_s = max(TIMEOUT_S, 2.0 * own_limit_s(spec))
-    RewardWorkers(spec, workers=1, timeout_s=timeout_s, start_timeout_s=start_timeout_s).close()
+    with RewardWorkers(spec, workers=1, timeout_s=timeout_s, start_timeout_s=start_timeout_s) as workers:
+        return workers.columns
 
 
 class _Child:
@@ -169,6 +176,7 @@ class _Child:
         self._arrived = bytearray()
         self._is_closed = False
         self.is_ready = False
+        self.columns: tuple[str, ...] = ()
         self.is_lost = False
         """Whether no more answers can come."""
         self._patience_s = float(start["start_limit_s"])
@@ -204,7 +212,7 @@ class _Child:
                 return self._lost("died", reply["refused"])
             if "ready" not in reply:
                 return float(reply["score"]) if "score" in reply else Failure(reply["kind"], reply["detail"])
-            self.is_ready = True
+            self.is_ready, self.columns = True, tuple(reply["columns"])
             self._begin()
         if self._is_closed:
             return self._lost(*self._cause_of_death())

@@ -98,6 +98,7 @@ def open_base(
     """
     assert run.model is not None, "with_base_model comes first"
     source = open_model(run.model, from_scratch=run.from_scratch, head=head)
+    source.check_weights()
     config = source.config if drop else source.config.replace(hidden_dropout=0.0, attention_dropout=0.0)
     check_shape(before_epochs(run), config, world_size=world_size, device=device)
     _check_quantized_once(run.lora, source)

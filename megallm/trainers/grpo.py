@@ -1,7 +1,7 @@
 """Group relative policy optimisation and relatives: an answer is worth what it is above the others to its prompt.
 
-No critic: GRPO (arXiv 2402.03300), Dr.GRPO (2503.20783), RLOO (2402.14740), REINFORCE++ (2501.03262), DAPO's sampling
-(2503.14476).
+No critic: GRPO (arXiv 2402.03300), Dr.GRPO (2503.20783), RLOO (2402.14740), REINFORCE++ (2501.03262: above all answers
+of the iteration; with a baseline, above the others to its prompt first), DAPO's sampling (2503.14476).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megallm.trainers.experience import is_answer
 from megallm.trainers.iteration import Metrics, Timer, mean
 from megallm.trainers.losses import Batch
 from megallm.trainers.rl_setup import RlPlan, plan_rl, train_rl
-from megallm.trainers.rollout_maths import group_advantages
+from megallm.trainers.rollout_maths import group_advantages, returns_to_go, token_rewards, whiten
 from megallm.trainers.rollouts import Answerer, Answers
 
 
@@ -74,14 +74,20 @@ class Groups:
         return (kept if len(kept) == size else kept.select(range(size))), used, {"score": score}
 
     def add_to(self, rows: Batch, scores: torch.Tensor, groups: torch.Tensor, cost: torch.Tensor) -> Metrics:
-        """Adds `advantages` [N, S]: the same for all tokens of an answer. See rl.Advantages."""
-        mask = is_answer(rows)
+        """Adds `advantages` [N, S]: before whitening, the same for all tokens of an answer. See rl.Advantages."""
+        mask, kind = is_answer(rows), self.options.advantage
+        if kind == "reinforce++":
+            rewards = token_rewards(scores.to(cost.dtype), cost, mask, kl_coefficient=1.0)
+            rows["advantages"] = whiten(returns_to_go(rewards, mask), mask)
+            return {}
         counted = mask.any(dim=1)
         worth = scores - torch.where(mask, cost, 0.0).double().sum(dim=1)
-        found, tells = group_advantages(worth[counted], groups[counted], kind=self.options.advantage)
+        over = "dr_grpo" if kind == "reinforce++_baseline" else kind
+        found, tells = group_advantages(worth[counted], groups[counted], kind=over)
         advantages = torch.zeros(len(scores), dtype=torch.float64)
         advantages[counted] = found.double()
-        rows["advantages"] = torch.where(mask, advantages.to(cost.dtype).unsqueeze(1), 0.0)
+        spread = torch.where(mask, advantages.to(cost.dtype).unsqueeze(1), 0.0)
+        rows["advantages"] = whiten(spread, mask) if kind == "reinforce++_baseline" else spread
         return {"silent_groups": 1.0 - float(tells.double().mean()) if len(tells) else 1.0}
 
     def train(self, minibatch: Batch, learning_rate: float) -> None:

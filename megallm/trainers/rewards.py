@@ -54,6 +54,8 @@ class RewardSpec:
     """What data/reward_functions.py takes, or the directory of a reward model."""
     weight: float = 1.0
     """0 = looked at, not counted."""
+    columns: tuple[str, ...] = ()
+    """Of a record, without which a function has no score; known to check_reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +147,10 @@ def parse_rewards(texts: Sequence[str]) -> tuple[RewardSpec, ...]:
     return tuple(specs)
 
 
-def check_reward(spec: RewardSpec) -> None:
-    """ValueError or FileNotFoundError for a function that cannot be loaded or called. For the time before ranks talk:
-    it runs the function's file, in a process of its own."""
-    if spec.kind == "function":
-        check_spec(spec.path)
+def check_reward(spec: RewardSpec) -> RewardSpec:
+    """The source with the columns that it needs. ValueError or FileNotFoundError for a function that cannot be loaded
+    or called. For the time before ranks talk: it runs the function's file, in a process of its own."""
+    return replace(spec, columns=check_spec(spec.path)) if spec.kind == "function" else spec
 
 
 class RewardMixture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,6 @@ from megallm.config.parallel import ParallelConfig
 from megallm.config.rl import PpoConfig, RlConfig
 from megallm.config.rules import nearest_multiples
 from megallm.data.prompts import PromptDataset
-from megallm.data.reward_functions import needed_column
 from megallm.trainers.finetune import Base
 from megallm.trainers.rewards import RewardSpec, split_weight
 from megallm.trainers.source import ModelSource, open_model
@@ -114,11 +114,10 @@ def check_minibatch(run: RlConfig, world_size: int) -> None:
 
 
 def check_columns(rewards: Sequence[RewardSpec], *prompts: PromptDataset | None) -> None:
-    """ValueError if a built-in reward function lacks its column in a record."""
+    """ValueError if a reward function lacks a column in a record."""
     for spec in rewards:
-        column = needed_column(spec.path) if spec.kind == "function" else None
-        for each in prompts:
-            without = None if column is None or each is None else each.first_without(column)
+        for column, each in product(spec.columns, prompts):
+            without = None if each is None else each.first_without(column)
             if without is not None:
                 raise ValueError(
                     f"reward {spec.path} needs the column {column!r}; the record of prompt {without.text[:80]!a} has "

@@ -95,6 +95,7 @@ def plan_rl(
     check_frozen(run, rewards, has_copy=needs_copy(run))
     critic_source = None if critic is None else critic(rewards)
     if critic_source is not None:
+        critic_source.check_weights()
         check_beside(run, base, critic_source, "the critic", run.meshes.critic_tp, run.meshes.critic_pp, world_size)
         check_minibatch(run, world_size)
     template = open_template(run.data.template, base.tokenizer, base.source.directory)
@@ -168,15 +169,15 @@ def _prompts(run: RlConfig, chat: ChatModel, embedded: str) -> tuple[PromptDatas
 
 def _rewards(run: RlConfig, base: Base, world_size: int) -> tuple[RewardSpec, ...]:
     """Those named, checked as far as can be without ranks."""
-    specs = parse_rewards(run.rewards.reward)
+    specs = tuple(map(check_reward, parse_rewards(run.rewards.reward)))
     for spec in specs:
-        check_reward(spec)
         if spec.kind != "model":
             continue
         source = open_model(spec.path)
         if source.config.head != "scalar":
             raise ValueError(f"reward {spec.path} is a language model: train a reward model on it (examples/reward.py)")
         assert source.path is not None
+        source.check_weights()
         read_calibration(source.path)  # damaged, it says so now
         check_beside(run, base, source, f"reward {spec.path}", run.meshes.frozen_tp, run.meshes.frozen_pp, world_size)
     return specs

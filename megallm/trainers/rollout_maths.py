@@ -1,7 +1,8 @@
 """The maths between a rollout and its update: rewards of tokens, advantages, returns. Pure functions of tensors.
 
     score of a response, KL to the reference  ->  token_rewards  ->  gae  ->  whiten          PPO
-    scores of a prompt's responses            ->  group_advantages                            GRPO, Dr.GRPO, RLOO, ...
+    scores of a prompt's responses            ->  group_advantages                            GRPO, Dr.GRPO, RLOO
+    score of a response, KL to the reference  ->  token_rewards  ->  returns_to_go -> whiten  REINFORCE++
 
 `mask` [B, R] bool marks the tokens that the policy wrote; between them may lie others (a tool's answer), over which
 values and advantages carry. What is not marked comes out as 0.
@@ -20,7 +21,7 @@ from megallm.parallel.collectives import all_reduce_
 from megallm.parallel.mesh import Axis
 
 KlEstimator = Literal["k1", "k2", "k3"]
-GroupBaseline = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
+GroupBaseline = Literal["grpo", "dr_grpo", "rloo"]
 _EPS = 1e-8
 LOG_RATIO_LIMIT = 20.0
 """Beyond it exp would leave fp32; such tokens are far outside any clip range."""
@@ -127,10 +128,9 @@ def group_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantage of each response [B], whether its group tells anything [B] bool), of the scores of all ranks.
 
-        grpo          (s - mean) / (std + eps) of the group                         arXiv 2402.03300
-        dr_grpo       s - mean of the group                                         arXiv 2503.20783
-        rloo          s - mean of the others of the group                           arXiv 2402.14740
-        reinforce++   (s - mean of the group) / (std of these differences + eps)    arXiv 2501.03262, baseline form
+        grpo      (s - mean) / (std + eps) of the group       arXiv 2402.03300
+        dr_grpo   s - mean of the group                       arXiv 2503.20783
+        rloo      s - mean of the others of the group         arXiv 2402.14740
 
     groups [B] int64: the prompt of each response. std is unbiased. A group whose scores are all equal tells nothing.
     """
@@ -147,11 +147,15 @@ def group_advantages(
         found = centred / ((squares / (count - 1).clamp(min=1)).sqrt()[place] + eps)
     elif kind == "rloo":
         found = centred * (count / (count - 1).clamp(min=1))[place]
-    elif kind == "reinforce++":
-        found = centred / (centred.std() + eps) if len(centred) > 1 else centred
     else:
         found = centred
     return torch.where(tells, found, 0.0).to(scores.dtype), tells
+
+
+def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float = 1.0) -> torch.Tensor:
+    """[B, R]: the discounted sum of a token's reward and those of the tokens behind it; whitened, the advantages of
+    REINFORCE++ (arXiv 2501.03262, section 3)."""
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[1]
 
 
 @dataclass

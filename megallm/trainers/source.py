@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megallm.checkpoint import sharded
+from megallm.checkpoint.adapters import open_weights
 from megallm.checkpoint.huggingface import HFWeights, load_into
 from megallm.config.huggingface import model_config_from_hf, read_hf_config
 from megallm.config.model import ModelConfig
@@ -38,6 +39,11 @@ class ModelSource:
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer beside the weights, if there is one."""
         return None if self.tokenizer_path is None else Tokenizer.from_path(self.tokenizer_path)
+
+    def check_weights(self) -> None:
+        """ValueError for files that are damaged, as far as their headers tell. For the time before ranks talk."""
+        if self.kind == "checkpoint" and self.path is not None:
+            open_weights(self.path, keep_adapters=True)
 
     def load_weights(self, engine: Engine) -> None:
         """Fills the engine's model from the directory; leaves the initial weights where there is none.
