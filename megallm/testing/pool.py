@@ -27,7 +27,11 @@ from typing import Any
 
 from megallm.testing.worker import Call, Reply, serve, stacks_path
 
-_PRELOAD = ["torch", "torch.distributed", "torch.testing", "numpy", "pytest", "megallm.testing.worker"]
+_PRELOAD = [
+    "torch", "torch.distributed", "torch.testing", "torch.fx.experimental.symbolic_shapes", "numpy", "pytest",
+    "megallm.testing.worker",
+]  # fmt: skip
+"""With what torch itself imports in the first backward of a pipeline."""
 _START_TIMEOUT_S = 600.0
 _DUMP_TIMEOUT_S = 2.0
 _DEATH_TIMEOUT_S = 0.2
