@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megallm.testing.awake import awake, is_worth_it
+from megallm.testing.awake import awake, fall_asleep, is_worth_it
 
 VIRTUAL, REAL = "model name: x\nflags\t\t: fpu hypervisor avx\n", "model name: hypervisor\nflags\t\t: fpu avx\n"
 
@@ -34,14 +34,20 @@ def test_it_spins_on_small_virtual_machines_without_a_quota(
     assert is_worth_it(cpuinfo, quotas, cores) == expected
 
 
-def test_its_processes_have_the_lowest_class_and_end_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_processes_have_the_lowest_class_and_stop_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(os, "SCHED_IDLE"):
         pytest.skip("this system has no SCHED_IDLE")
     monkeypatch.setattr("megallm.testing.awake.is_worth_it", lambda *_: True)
-    with awake() as spinning:
-        assert len(spinning) == len(os.sched_getaffinity(0))
+    fall_asleep()
+    for _ in range(2):
+        with awake() as spinning:
+            assert len(spinning) == len(os.sched_getaffinity(0))
+            for process in spinning:
+                wait_until(lambda process=process: os.sched_getscheduler(process.pid) == os.SCHED_IDLE)
+                wait_until(lambda process=process: state(process.pid) == "R")
         for process in spinning:
-            wait_until(lambda process=process: os.sched_getscheduler(process.pid) == os.SCHED_IDLE)
+            wait_until(lambda process=process: state(process.pid) == "T")
+    fall_asleep()
     assert all(process.returncode is not None for process in spinning)
 
 
@@ -53,8 +59,9 @@ import time
 import megallm.testing.awake as a
 a.is_worth_it = lambda *_: True
 with a.awake() as spinning:
-    print(*(process.pid for process in spinning), flush=True)
-    time.sleep(600)
+    time.sleep(1)
+print(*(process.pid for process in spinning), flush=True)
+time.sleep(600)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -66,11 +73,16 @@ with a.awake() as spinning:
     wait_until(lambda: not any(map(lives, pids)))
 
 
-def lives(pid: int) -> bool:
+def state(pid: int) -> str:
+    """A letter; nothing of one that has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return ""
+
+
+def lives(pid: int) -> bool:
+    return state(pid) not in ("", "Z")
 
 
 def wait_until(condition, seconds: float = 60.0) -> None:
