@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+from watching import lives, state, wait_until
 
 from megallm.testing.awake import awake, fall_asleep, is_worth_it
 
@@ -51,7 +50,7 @@ def test_its_processes_have_the_lowest_class_and_stop_with_the_block(monkeypatch
     assert all(process.returncode is not None for process in spinning)
 
 
-def test_they_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+def test_they_end_when_their_parent_is_killed() -> None:
     if not hasattr(os, "SCHED_IDLE"):
         pytest.skip("this system has no SCHED_IDLE")
     code = """
@@ -71,22 +70,3 @@ time.sleep(600)
     parent.stdout.close()
     assert pids
     wait_until(lambda: not any(map(lives, pids)))
-
-
-def state(pid: int) -> str:
-    """A letter; nothing of one that has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
-def lives(pid: int) -> bool:
-    return state(pid) not in ("", "Z")
-
-
-def wait_until(condition, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from watching import lives, wait_until
 
 from megallm.testing.pool import RankError, run_ranks
 
@@ -137,20 +138,4 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     finally:
         parent.kill()
         parent.wait()
-    wait_until(lambda: not any(is_running(int(file.read_text())) for file in files), 50.0)
-
-
-def wait_until(condition, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout} s"
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process exists and is more than a corpse that nobody has collected."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return status.rsplit(")", 1)[1].split()[0] != "Z"
+    wait_until(lambda: not any(lives(int(file.read_text())) for file in files), 50.0)

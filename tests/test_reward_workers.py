@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from watching import lives
 
 from megallm.data.reward_worker import MARGIN_S
 from megallm.data.reward_workers import Call, Failure, RewardWorkers, check_spec
@@ -90,14 +91,6 @@ def workers(file: Path) -> Iterator[Callable[..., RewardWorkers]]:
 
 def calls(*completions: str, **record: Any) -> list[Call]:
     return [Call(prompt="ab", completion=completion, record=record) for completion in completions]
-
-
-def lives(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
 
 
 def ends(pid: int, within_s: float) -> bool:
