@@ -174,7 +174,7 @@ setup(
         "jinja2>=3.1.6",
     ],
     extras_require={
-        "test": ["pybind11>=2.12", "pytest", "ruff", "mypy", "transformers", "types-PyYAML", "psutil"],
+        "test": ["pybind11>=2.12", "pytest", "pytest-xdist", "ruff", "mypy", "transformers", "types-PyYAML", "psutil"],
     },
     entry_points={"console_scripts": ["megallm = megallm.cli.main:main"]},
 )

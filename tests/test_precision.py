@@ -2,7 +2,8 @@
 
 Bound of a low-precision loss: a layer rounds its activations about 10 times, so that L layers, the embedding and the
 head round n = 10 L + 5 times by at most half an ulp each, eps = 2^-9 (bf16) or 2^-12 (fp16) relatively; roundings are
-independent, so that their sum has a deviation of sqrt(n) eps at most, and four of these are never passed.
+independent, so that their sum has a deviation of sqrt(n) eps at most, and four of these are never passed. The weights
+carry what earlier steps rounded: at step t the loss has seen the roundings of t forward passes, sqrt(t) as far away.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def test_low_precision_follows_fp32(number: int) -> None:
     low, wide = curves()
     case, _ = LOW[number]
     bound = 4 * math.sqrt(10 * MODELS[case.model].num_hidden_layers + 5) * EPS[case.precision]
-    for (loss, _), (true_loss, _) in zip(low[number], wide[case.model], strict=True):
-        assert abs(loss / true_loss - 1) < bound
+    for step, ((loss, _), (true_loss, _)) in enumerate(zip(low[number], wide[case.model], strict=True), start=1):
+        assert abs(loss / true_loss - 1) < bound * math.sqrt(step)
 
 
 def test_where_the_optimizer_is_does_not_change_a_bit() -> None:
