@@ -20,7 +20,7 @@ pipeline: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python examples/pipeline.py $(ARGS)
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed-test
 	@echo "ruff: lint and import order"

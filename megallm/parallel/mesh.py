@@ -21,6 +21,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megallm.parallel.gloo_threads import let_gloo_step_back
 from megallm.parallel.recorder import Recorder
 
 
@@ -120,6 +121,8 @@ class Mesh:
         endpoints: list[tuple[int, ...]] = [(line[0], line[-1]) if pp > 1 else (line[0],) for line in _lines(grid, 0)]
         embedding = _own_axis("embedding", endpoints, rank, recorder)
         world = _own_axis("world", [members], rank, recorder)
+        if world.backend == "gloo":
+            let_gloo_step_back()
         where = torch.device(device) if device is not None else torch.device("cpu")
         return Mesh(**axes, world=world, embedding=embedding, device=where, recorder=recorder)
 

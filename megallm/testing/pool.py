@@ -25,7 +25,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-from megallm.testing.awake import awake, fall_asleep
 from megallm.testing.worker import Call, Reply, serve, stacks_path
 
 _PRELOAD = [
@@ -69,8 +68,7 @@ def run_ranks(
     if pool is None:
         pool = _POOLS[world_size] = Pool(world_size)
     try:
-        with awake():
-            return pool.run(call, timeout)
+        return pool.run(call, timeout)
     except BaseException:
         close_pool(world_size)
         raise
@@ -87,7 +85,6 @@ def close_pools() -> None:
     """Ends all pools; also called at exit."""
     for world_size in list(_POOLS):
         close_pool(world_size)
-    fall_asleep()
 
 
 class Pool:
