@@ -20,7 +20,9 @@ import torch
 from training_cases import MODELS, Case, make_engine, once, own_batch, train
 
 from megallm.config.numerics import NumericsConfig
+from megallm.optim.clip import GradientSlice, global_norm
 from megallm.optim.loss_scale import LossScale
+from megallm.parallel.mesh import Mesh
 from megallm.runtime.failure import RunStopped
 from megallm.testing.pool import run_ranks
 from megallm.trainers.bad_steps import BadSteps
@@ -252,6 +254,17 @@ def test_the_clip_coefficient_is_what_gradients_are_multiplied_by() -> None:
     assert metrics["clip_coefficient"] == pytest.approx(0.5 / metrics["grad_norm"], rel=1e-12)
     free = make_engine(Case(model=UNTIED, precision="fp64", mbs=8), optim=engine.optim.__class__(max_grad_norm=0.0))
     assert free.train_step(own_batch(0, free.mesh), language_model_loss).metrics()["clip_coefficient"] == 1.0
+
+
+def test_the_norm_is_the_same_in_whatever_order_slices_are_kept() -> None:
+    """Squares from 1e-8 to 1e8: added in another order, half of the sums would end in other bits."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = [torch.randn(7 + n, generator=generator) * 10.0 ** (n % 9 - 4) for n in range(40)]
+    slices = [GradientSlice(f"layer {n}", n, tensor) for n, tensor in enumerate(tensors)]
+    orders = [slices, slices[::-1]] + [[slices[i] for i in torch.randperm(40, generator=generator)] for _ in range(8)]
+    norms = {float(global_norm(order, Mesh.build(), is_sharded=False).value) for order in orders}
+    assert len(norms) == 1
+    assert norms.pop() == pytest.approx(float(torch.cat(tensors).double().norm()), rel=1e-12)
 
 
 def test_sums_of_gradients_in_bf16_take_half_the_memory() -> None:

@@ -36,7 +36,7 @@ class GradientNorm:
     value: torch.Tensor
     """0-d fp64."""
     slices: list[GradientSlice]
-    """This rank's [n], by place."""
+    """This rank's [n], by name."""
     parts: torch.Tensor | None
     """[n]: norms of the slices; None where all are known to be finite."""
     mesh: Mesh
@@ -58,10 +58,10 @@ class GradientNorm:
 def global_norm(slices: list[GradientSlice], mesh: Mesh, *, is_sharded: bool) -> GradientNorm:
     """The 2-norm over all slices of all (tp, pp) ranks, and of all shards where there are any.
 
-    Slices are added in the order of their places, so that the norm's last bit does not depend on where they are kept.
+    Slices are added by name, so that the norm's last bit does not depend on where they are kept.
     A collective of two or three 1-element all-reduces.
     """
-    slices = sorted(slices, key=lambda each: each.place)
+    slices = sorted(slices, key=lambda each: each.name)
     square, parts = _own_square([each.data for each in slices], mesh)
     if is_sharded:
         square = all_reduce_(square, mesh.shard)

@@ -1,9 +1,10 @@
-"""Gloo's threads step back behind those that compute: on few cores, steps of small models take a third of the time.
+"""Gloo's threads step back behind those that compute.
 
 Who sends holds the lock of its connection. What it sends wakes gloo's thread in the receiver, which the scheduler may
-run at once, in the sender's place; the answer then wakes gloo's thread in the sender, which needs that lock and asks for
-it in a loop until its share of the core is over: milliseconds, for messages of microseconds. A thread of the class
-SCHED_BATCH (sched(7)) takes the core from nobody when it is woken, and one that is nice (19) has a small share to waste.
+run at once, in the sender's place; the answer then wakes gloo's thread in the sender, which needs that lock, and asks
+for it in a loop until its share of the core is over: milliseconds, for messages of microseconds. A thread of the class
+SCHED_BATCH (sched(7)) takes the core from nobody when it is woken, and one that is nice has a small share to waste.
+`python benchmarks/gloo_threads.py` measures it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 from pathlib import Path
 
 LOOP = "gloo_tcp_loop"
-"""The name gloo gives to its threads that wait for messages; of no other name, they stay as they are."""
+"""The name gloo gives to its threads that wait for messages; under any other name they stay as they are."""
+NICE = 19
 
 
 def let_gloo_step_back() -> None:
@@ -20,7 +22,7 @@ def let_gloo_step_back() -> None:
     for thread in loop_threads():
         try:
             os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
-            os.setpriority(os.PRIO_PROCESS, thread, 19)
+            os.setpriority(os.PRIO_PROCESS, thread, NICE)
         except OSError:  # it has ended, or is not ours to change
             continue
 
