@@ -32,8 +32,11 @@ def main() -> int:
     for ranks in args.ranks:
         turns = []
         for _ in range(args.rounds):
-            turns.append([run_ranks(seconds_a_step, ranks, args.steps, back)[0] for back in (True, False)])
-            close_pools()
+            turn = []
+            for back in (True, False):
+                turn.append(run_ranks(seconds_a_step, ranks, args.steps, back)[0])
+                close_pools()  # what has stepped back stays so
+            turns.append(turn)
         back, left = (statistics.median(column) for column in zip(*turns, strict=True))
         ratios = sorted(ours / theirs for ours, theirs in turns)
         ratio = statistics.median(ratios)
