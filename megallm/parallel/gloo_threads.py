@@ -4,7 +4,7 @@ Who sends holds the lock of its connection. What it sends wakes gloo's thread in
 run at once, in the sender's place; the answer then wakes gloo's thread in the sender, which needs that lock, and asks
 for it in a loop until its share of the core is over: milliseconds, for messages of microseconds. A thread of the class
 SCHED_BATCH (sched(7)) takes the core from nobody when it is woken, and one that is nice has a small share to waste.
-`python benchmarks/gloo_threads.py` measures it.
+`python benchmarks/gloo_threads.py` measures it: ARCHITECTURE.md, D40.
 """
 
 from __future__ import annotations
