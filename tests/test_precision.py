@@ -3,8 +3,8 @@
 Bound of a low-precision loss: a layer rounds its activations about 10 times, so that L layers, the embedding and the
 head round n = 10 L + 5 times by at most half an ulp each, eps = 2^-9 (bf16) or 2^-12 (fp16) relatively; roundings are
 independent, so that their sum has a deviation of sqrt(n) eps at most, and four of these are never passed. The weights
-carry what earlier steps rounded: at step t the loss has seen the roundings of t forward passes, sqrt(t) as far away. The
-root mean square over 20 steps is then sqrt(10.5) deviations, below four again.
+carry what earlier steps rounded: at step t the loss has seen the roundings of t forward passes, sqrt(t) as far away.
+The root mean square over 20 steps is then sqrt(10.5) deviations, below four again.
 """
 
 from __future__ import annotations
