@@ -2,8 +2,8 @@
 
     python benchmarks/gloo_threads.py --ranks 2 4 8
 
-Each round starts a job: tp as far as 4 and dp beyond, fp32, one thread a rank. Its steps are timed, then its threads step
-back (megallm/parallel/gloo_threads.py), which `Mesh.build` otherwise has them do at once, and as many steps are timed.
+Each round starts a job: tp as far as 4 and dp beyond, fp32, one thread a rank. Its steps are timed; then gloo's threads
+step back (megallm/parallel/gloo_threads.py), as `Mesh.build` has them do otherwise, and as many steps are timed again.
 """
 
 from __future__ import annotations
