@@ -47,7 +47,9 @@ def test_threads_that_may_not_be_changed_stay_as_they_are(monkeypatch: pytest.Mo
     def refuse(*args: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr("megallm.parallel.gloo_threads.loop_threads", lambda: [os.getpid()])
+    own = os.getpid()
+    before = os.sched_getscheduler(own), os.getpriority(os.PRIO_PROCESS, own)
+    monkeypatch.setattr("megallm.parallel.gloo_threads.loop_threads", lambda: [own])
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
     let_gloo_step_back()
-    assert os.getpriority(os.PRIO_PROCESS, os.getpid()) == os.getpriority(os.PRIO_PROCESS, 0)
+    assert (os.sched_getscheduler(own), os.getpriority(os.PRIO_PROCESS, own)) == before

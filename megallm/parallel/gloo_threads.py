@@ -2,8 +2,9 @@
 
 Who sends holds the lock of its connection. What it sends wakes gloo's thread in the receiver, which the scheduler may
 run at once, in the sender's place; the answer then wakes gloo's thread in the sender, which needs that lock, and asks
-for it in a loop until its share of the core is over: milliseconds, for messages of microseconds. A thread of the class
-SCHED_BATCH (sched(7)) takes the core from nobody when it is woken, and one that is nice has a small share to waste.
+for it in a loop (Pair::handleEvents of gloo/transport/tcp/pair.cc) until its share of the core is over: milliseconds,
+for messages of microseconds. A thread of the class SCHED_BATCH (sched(7)) takes the core from nobody when it is woken,
+and one that is nice has a small share to waste.
 `python benchmarks/gloo_threads.py` measures it: ARCHITECTURE.md, D40.
 """
 
