@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,22 @@ def test_memory_is_the_peak_resident_set_off_gpu() -> None:
     block = torch.ones(2**25)  # 0.125 GiB
     assert 0.01 < before <= memory_gib() < 1000
     assert block.sum() > 0
+
+
+LARGE_PARENT = """
+import subprocess, sys
+block = b"1" * 2**30
+print(subprocess.run([sys.executable, "-c", sys.argv[1]], check=True, capture_output=True, text=True).stdout)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a count that exec begins anew")
+def test_the_peak_of_a_parent_is_not_the_childs() -> None:
+    """A program started by vfork inherits getrusage's peak: a notebook's or a test's gigabyte is not its own."""
+    child = "from megallm.monitor.throughput import memory_gib; print(memory_gib())"
+    done = subprocess.run([sys.executable, "-c", LARGE_PARENT, child], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 0.01 < float(done.stdout) < 0.9, done.stdout
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ out by calling `start` again after it.
 
 from __future__ import annotations
 
+import re
 import resource
 import statistics
 import sys
@@ -17,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -93,5 +95,18 @@ def memory_gib(device: torch.device | None = None) -> float:
     """Peak memory so far, GiB: what the CUDA allocator gave out on `device`, else the process' peak resident set."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    return _host_peak_bytes() / 2**30
+
+
+def _host_peak_bytes() -> int:
+    """Peak resident set of this process.
+
+    getrusage's figure outlives exec, and a child started by vfork begins with the peak of its parent: Linux's own count
+    of this program is asked first.
+    """
+    if sys.platform == "linux":
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:  # sandboxed kernels leave the line out
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB on Linux
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
