@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 8 examples/pretrain_gpt.py --tp 4 --pp 2 --save runs/demo
 
 pipeline: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python examples/pipeline.py $(ARGS)
+	$(BIN)/python examples/pipeline.py $(ARGS)
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

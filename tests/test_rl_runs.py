@@ -136,7 +136,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
         ("grpo", [*GROUPS, "--advantage", "reinforce++_baseline", "--kl-coefficient", "0.05", "--lora-rank", "2",
                   "--entropy-coefficient", "0.01", "--dual-clip", "3"]),
         ("grpo", ["--advantage", "reinforce++", "--kl-coefficient", "0.05", "--kl-in", "reward", "--kl-estimator",
-                  "k1", "--valid-data", "PROMPTS", "--eval-every", "2"]),
+                  "k3", "--valid-data", "PROMPTS", "--eval-every", "2"]),
     ],
 )  # fmt: skip
 def test_a_run_leaves_its_files_and_goes_on_where_it_stopped(
@@ -274,18 +274,30 @@ def test_what_a_user_gets_wrong_is_told_in_words(
     assert not list(tmp_path.iterdir())
 
 
-def test_text_beside_answers_that_are_all_cut_is_trained_on_alone(example: Run, folder: Path, tmp_path: Path) -> None:
+def test_text_beside_minibatches_without_an_answer_keeps_its_weight(
+    example: Run, folder: Path, tmp_path: Path
+) -> None:
     assert example(
-        "grpo", *GROUPS, "--reward", own(folder, "share"), "--max-new-tokens", "2", "--overlong", "mask", "--ptx-data",
-        folder / "text.jsonl", "--ptx-coefficient", "1", "--kl-coefficient", "0.1", "--save", tmp_path,
+        "grpo", "--samples-per-prompt", "4", "--reward", own(folder, "none"), "--on-reward-error", "skip", "--ptx-data",
+        folder / "text.jsonl", "--ptx-coefficient", "1", "--kl-coefficient", "0.1", "--global-batch-size", "2",
+        "--save", tmp_path,
     ) == 0  # fmt: skip
-    for line in metrics(tmp_path):
+    lines = metrics(tmp_path)
+    assert {line.get("left_out", 0) for line in lines} >= {0, 4}  # of 16 answers, those to a prompt with a 3
+    for line in lines:
         assert line["loss"] < 20.0 and line["grad_norm"] < 100.0 and line["ptx_loss"] < 20.0
 
 
-def test_answers_that_are_all_left_out_stop_the_run(example: Run, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags", [[], ["--critic-warmup", "1", "--ptx-coefficient", "1", "--ptx-data", "text.jsonl"]], ids=["", "ptx"]
+)
+def test_answers_that_are_all_left_out_stop_the_run(
+    flags: list[str], example: Run, folder: Path, tmp_path: Path
+) -> None:
+    flags = [str(folder / flag) if flag.endswith(".jsonl") else flag for flag in flags]
+    cut = ["--max-new-tokens", "2", "--overlong", "mask"]
     with pytest.raises(RunStopped, match="iteration 3 has no answer to train on.*, the 3rd such one in a row"):
-        example("ppo", "--reward", folder / "taste", "--max-new-tokens", "2", "--overlong", "mask", "--save", tmp_path)
+        example("ppo", "--reward", folder / "taste", *cut, *flags, "--save", tmp_path)
     assert [line["updates"] for line in metrics(tmp_path)] == [0, 0] and latest(tmp_path).name == "step-00000002"
 
 
@@ -339,6 +351,11 @@ def test_grpo_without_groups_and_ppo_from_grpos_checkpoint_are_refused(
         example("grpo", "--reward", own(folder, "share"), *GROUPS, "--critic-tp", "2", "--save", tmp_path)
     with pytest.raises(UsageError, match="samples_per_prompt .1. makes no groups"):
         example("grpo", "--reward", own(folder, "share"), "--samples-per-prompt", "1", "--save", tmp_path)
+    with pytest.raises(UsageError, match=r"global_batch_size \(7\): use 28 answers"):  # 7 and 4 an answer's prompt
+        example(
+            "grpo", "--reward", own(folder, "share"), "--samples-per-prompt", "4", "--global-batch-size", "7", "--save",
+            tmp_path,
+        )  # fmt: skip
     for flags, said in (("--dynamic-sampling 1", "has no groups"), ("--importance sequence", "has one a token")):
         with pytest.raises(UsageError, match=said):
             example(

@@ -126,6 +126,18 @@ def test_an_answer_says_why_it_ends() -> None:
         assert reason == "stop" or len(ids) == 12
 
 
+def test_a_stop_string_that_spells_a_special_token_ends_an_answer() -> None:
+    engine, tokenizer = make_engine("bytes"), byte_tokenizer()
+    by_id, by_text = (
+        engine.rollout([[72, 105]] * 20, max_new_tokens=60, sampling=sampling, tokenizer=tokenizer)
+        for sampling in (
+            Sampling(temperature=1.0, seed=2, stop_ids=(256,)),
+            Sampling(temperature=1.0, seed=2, stop_strings=("<|endoftext|>",)),
+        )
+    )
+    assert by_text == by_id and "stop" in by_id.finish_reasons
+
+
 def test_a_stop_string_ends_an_answer_with_the_token_that_completes_it() -> None:
     engine, tokenizer = make_engine("bytes"), byte_tokenizer()
     sampling = Sampling(temperature=1.0, seed=2)

@@ -13,7 +13,7 @@ from megallm.data.tokenizer import byte_tokenizer, char_tokenizer, train_bpe
 from megallm.generate.cache import PagedCache
 from megallm.generate.sampling import Sampling, choose
 from megallm.generate.scheduler import Request, Scheduler, plan_cache
-from megallm.generate.text import TextStream, cut_text
+from megallm.generate.text import TextStream, cut_text, with_special_stops
 from megallm.parallel import random
 
 V = 40
@@ -140,6 +140,16 @@ def test_a_penalty_changes_the_greedy_choice_and_not_its_log_probability() -> No
     torch.testing.assert_close(logprobs[0], torch.log_softmax(logits.double(), -1)[0, 1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(1e-9, {0}), (0.4, {0}), (0.6, {0, 2}), (0.85, {0, 2, 3})])
+def test_top_p_keeps_the_fewest_tokens_also_of_equal_ones(top_p: float, kept: set[int]) -> None:
+    logits = torch.tensor([[0.4, 0.0, 0.3, 0.3]]).log().expand(500, 4)
+    keys = torch.arange(500)
+    tokens, _ = choose(
+        logits, Sampling(temperature=1.0, top_p=top_p), keys=keys, positions=torch.zeros(500, dtype=torch.int64)
+    )
+    assert set(tokens.tolist()) == kept
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -190,6 +200,17 @@ def test_a_stop_string_is_found_across_tokens_at_the_first_moment(stop: str) -> 
     assert stream.text == TEXT[: TEXT.index(stop)]
     assert used == len((TEXT[: TEXT.index(stop)] + stop).encode())
     assert cut_text(tokenizer, ids[:used], ("never", stop)) == stream.text
+
+
+def test_a_stop_string_that_spells_a_special_token_is_its_id() -> None:
+    """The text of an answer never has it, so it would be looked for in vain."""
+    tokenizer = byte_tokenizer().with_control_tokens(["<|im_end|>"])
+    found = with_special_stops(Sampling(stop_ids=(7,), stop_strings=("END", "<|im_end|>")), tokenizer)
+    assert found.stop_ids == (7, tokenizer.token_to_id("<|im_end|>")) and found.stop_strings == ("END",)
+    with pytest.raises(ValueError, match=r"the special token <\|im_end\|>, .*: use <\|im_end\|> alone"):
+        with_special_stops(Sampling(stop_strings=("<|im_end|>\n",)), tokenizer)
+    plain = Sampling(stop_strings=("<|im_end|>",))
+    assert with_special_stops(plain, byte_tokenizer()) == plain == with_special_stops(plain, None)
 
 
 # -- slots and pages ---------------------------------------------------------------------------------------------------

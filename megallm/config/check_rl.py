@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megallm.config.rl import GrpoConfig, MeshOptions, PolicyOptions, PpoConfig, RewardsConfig, RlConfig, RolloutOptions
 from megallm.config.rules import nearest_multiples, not_negative, positive
 
@@ -34,10 +36,11 @@ def _check_rollout(rollout: RolloutOptions, *, seq_length: int) -> None:
 def _check_minibatches(run: RlConfig) -> None:
     size, rollout = run.train.global_batch_size, run.rollout
     if run.num_answers % size:
+        unit = math.lcm(size, rollout.samples_per_prompt)
         raise ValueError(
             f"the answers of an iteration (rollout_batch_size {rollout.rollout_batch_size} * samples_per_prompt "
             f"{rollout.samples_per_prompt} = {run.num_answers}) do not split into minibatches of global_batch_size "
-            f"({size}): use {nearest_multiples(run.num_answers, size)} answers, or another global_batch_size"
+            f"({size}): use {nearest_multiples(run.num_answers, unit)} answers, or another global_batch_size"
         )
 
 
@@ -117,7 +120,7 @@ def _check_grpo(run: GrpoConfig) -> None:
             f"samples_per_prompt ({run.rollout.samples_per_prompt}) makes no groups to compare within: use at least 2, "
             "or advantage reinforce++, which compares all answers"
         )
-    if run.policy.kl_coefficient and run.policy.kl_in == "reward" and run.policy.kl_estimator != "k1":
+    elif run.policy.kl_coefficient and run.policy.kl_in == "reward" and run.policy.kl_estimator != "k1":
         raise ValueError("a KL in the reward is summed over the answer, for which kl_estimator k1 is unbiased: use k1")
 
 

@@ -113,9 +113,16 @@ def _seconds(text: str) -> float:
     return found
 
 
+def _characters(text: str) -> int:
+    found = int(text)
+    if found < 0:
+        raise ValueError("characters must be 0 or more")
+    return found
+
+
 OPTIONS: Mapping[str, _Option] = {
     "format": _Option("format", _pattern),
-    "length": _Option("max_characters", int),
+    "length": _Option("max_characters", _characters),
     "python_tests": _Option("test_limit_s", _seconds),
 }
 """What stands behind the colon of a built-in function."""
@@ -169,7 +176,7 @@ def load(spec: str) -> Loaded:
         listed = f"; it has {', '.join(defined)}" if defined else ""
         raise ValueError(f"{file} has no function {name}{listed}")
     function = getattr(module, name)
-    wanted, needed = _wanted(function, f"{file}:{name}")
+    wanted, needed = _wanted(function, name)
 
     def score(prompt: str, completion: str, record: Mapping[str, Any]) -> Any:
         given = _columns_of(record)

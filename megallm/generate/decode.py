@@ -11,9 +11,9 @@ to ask each other whether to go on. Replicas (dp) go their own way.
 A step of decoding reads its inputs where the last one has left them, in buffers made once, up to the tokens that it
 chooses; its sizes are the number of rows and of cells. A recorder (replay.py) repeats it by these two.
 
-Rows are rounded up to a multiple of 4: on the CPUs tried, a row of a product then has the same bits whatever rows are
-beside it, so that a sample does not depend on what it is decoded with (one alone in its rollout takes 1 row instead,
-half the time, and may differ in last bits). Where steps are recorded there are 1, 2, 4, 8, ... rows on GPUs.
+Rows are rounded up to a multiple of 4: on some CPUs (docs/generation.md), a row of a product then has the same bits
+whatever rows are beside it, and a sample those bits whatever it is decoded with (one alone in its rollout takes 1 row
+instead, half the time, and may differ in last bits). Where steps are recorded there are 1, 2, 4, 8, ... rows on GPUs.
 
 Letters: B live sequences, T tokens of a forward, V vocabulary.
 """

@@ -13,6 +13,7 @@ from megallm.generate.decode import Decoder, FinishReason, Token
 from megallm.generate.replay import make_recorder
 from megallm.generate.sampling import Sampling
 from megallm.generate.scheduler import CachePlan, Request, plan_cache
+from megallm.generate.text import with_special_stops
 from megallm.generate.weights import transposed_weights
 from megallm.model.transformer import Transformer
 from megallm.parallel.collectives import all_gather, all_reduce_
@@ -134,6 +135,7 @@ def check_request(
         raise ValueError(f"num_samples ({num_samples}) of a greedy answer are all equal: give a temperature above 0")
     if sampling.stop_strings and tokenizer is None:
         raise ValueError("stop strings are found in text: give the tokenizer as well")
+    with_special_stops(sampling, tokenizer)
     if not isinstance(max_new_tokens, int) and len(max_new_tokens) != len(prompts):
         raise ValueError(f"max_new_tokens has {len(max_new_tokens)} numbers for {len(prompts)} prompts: give one each")
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
@@ -174,7 +176,7 @@ def _decoded(
     """The steps of this replica's requests."""
     if not own:
         return
-    plan = _plan(model.config, own, limits)
+    sampling, plan = with_special_stops(sampling, tokenizer), _plan(model.config, own, limits)
     with transposed_weights(model, wanted=limits.copy_weights) as copies:
         decoder = Decoder(
             model, own, sampling, plan, prefill_tokens=limits.prefill_tokens, tokenizer=tokenizer, copies=copies,

@@ -39,7 +39,8 @@ class Sampling:
     top_k: int = 0
     """Only the k most likely tokens, and those as likely as the k-th; 0 = all."""
     top_p: float = 1.0
-    """Only the most likely tokens whose probabilities first add up to this; 1 = all."""
+    """Only the most likely tokens whose probabilities first add up to this, of equal ones those of lower ids; 1 =
+    all."""
     min_p: float = 0.0
     """Only tokens at least this times as likely as the most likely one; 0 = all."""
     repetition_penalty: float = 1.0
@@ -103,7 +104,7 @@ def choose(
     assert positions is not None
     weights = _weights(scores, temperature)
     if sampling.truncates:
-        weights = weights.masked_fill(weights < _threshold(weights, sampling).unsqueeze(1), 0.0)
+        weights = _filtered(weights, sampling)
     tokens, total = _race(weights, keys, positions)
     if seen is not None or sampling.truncates:
         total = _weights(logits, temperature).sum(dim=-1)
@@ -143,19 +144,15 @@ def _weights(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return scaled.sub_(scaled.amax(dim=-1, keepdim=True)).div_(temperature).exp_()
 
 
-def _threshold(weights: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """[B]: tokens of less weight are left out. Each filter looks at what the one before it has left."""
-    threshold = weights.amax(dim=-1) * sampling.min_p  # those left by top-k and top-p always hold the largest
-    kept = weights
+def _filtered(weights: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The weights [B, V], 0 for tokens that are left out. Each filter looks at what the one before it has left."""
     if 0 < sampling.top_k < weights.size(-1):
-        kept = weights.topk(sampling.top_k, dim=-1).values
-        threshold = torch.maximum(threshold, kept[:, -1])
-        if sampling.top_p < 1.0:
-            kept = weights.masked_fill(weights < kept[:, -1:], 0.0)  # tokens as likely as the k-th are left as well
+        weights = weights.masked_fill(weights < weights.topk(sampling.top_k, dim=-1).values[:, -1:], 0.0)
     if sampling.top_p < 1.0:
-        ordered = kept.sort(dim=-1, descending=True).values
+        ordered, tokens = weights.sort(dim=-1, descending=True, stable=True)  # of equal ones, those of lower ids first
         before = ordered.cumsum(dim=-1) - ordered
-        is_kept = before < sampling.top_p * ordered.sum(dim=-1, keepdim=True)
-        last = (is_kept.sum(dim=-1, keepdim=True) - 1).clamp_(min=0)
-        threshold = torch.maximum(threshold, ordered.gather(1, last).squeeze(1))
-    return threshold
+        ordered = ordered.masked_fill(before >= sampling.top_p * ordered.sum(dim=-1, keepdim=True), 0.0)
+        weights = torch.zeros_like(weights).scatter_(1, tokens, ordered)
+    if sampling.min_p > 0.0:  # what the other filters have left always holds the most likely token
+        weights = weights.masked_fill(weights < sampling.min_p * weights.amax(dim=-1, keepdim=True), 0.0)
+    return weights

@@ -7,8 +7,10 @@ few tokens before the new one are decoded with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megallm.data.tokenizer import Tokenizer
+from megallm.generate.sampling import Sampling
 
 _UNFINISHED = "\ufffd"
 
@@ -45,6 +47,25 @@ class TextStream:
             self.is_stopped = True
             self.text = self.text[: min(found)]
         return self.text[before:]
+
+
+def with_special_stops(sampling: Sampling, tokenizer: Tokenizer | None) -> Sampling:
+    """The sampling with the ids of special tokens in place of stop strings that spell them: no text shows such a token.
+    ValueError for a string with such a token and more."""
+    marks = () if tokenizer is None else tokenizer.control_tokens
+    for stop in sampling.stop_strings:
+        mark = next((mark for mark in marks if mark in stop), None)
+        if mark is not None and stop not in marks:
+            raise ValueError(
+                f"the stop string {stop!r} holds the special token {mark}, which no text of an answer shows: use "
+                f"{mark} alone"
+            )
+    named = [tokenizer.token_to_id(stop) for stop in sampling.stop_strings if stop in marks] if tokenizer else []
+    return replace(
+        sampling,
+        stop_ids=(*sampling.stop_ids, *(token_id for token_id in named if token_id is not None)),
+        stop_strings=tuple(stop for stop in sampling.stop_strings if stop not in marks),
+    )
 
 
 def cut_text(tokenizer: Tokenizer, ids: Sequence[int], stop_strings: Sequence[str] = ()) -> str:

@@ -15,6 +15,9 @@ from typing import NoReturn
 from megallm.data.cache import default_cache_dir
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_SPINS = 3000
+"""Looks that a waiting thread of OpenMP takes before it sleeps: some 0.1 ms, longer than most pauses between two
+operations. libgomp's own 300,000 take longer than a thread whose core is taken needs to come back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,28 @@ def launch_info(environment: Mapping[str, str] | None = None) -> LaunchInfo:
 def is_launched(environment: Mapping[str, str] | None = None) -> bool:
     """Whether a launcher has started this process as a rank."""
     return "RANK" in (os.environ if environment is None else environment)
+
+
+def wished_threads(local_world_size: int, environment: Mapping[str, str] | None = None) -> int | None:
+    """OMP_NUM_THREADS where it is the user's wish; None where it is not set, or is no number.
+
+    torchrun sets it to 1 by itself when it starts several ranks on a node: a 1 is then taken for torchrun's.
+    """
+    env = os.environ if environment is None else environment
+    first = env.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is one number for each level of nesting
+    if not first.isdecimal() or int(first) < 1:
+        return None
+    return None if first == "1" and local_world_size > 1 else int(first)
+
+
+def let_waiting_threads_sleep() -> None:
+    """Threads of OpenMP that wait for one another sleep soon, unless the user has said how they wait. Before torch is
+    imported, else it changes nothing.
+
+    A program whose threads spin stands still where another takes one of its cores: both wait, at full load.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["GOMP_SPINCOUNT"] = str(_SPINS)
 
 
 def become_ranks(number: int, arguments: Sequence[str]) -> NoReturn:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from megallm.runtime.environment import LaunchInfo, launch_info
+from megallm.runtime.environment import LaunchInfo, launch_info, let_waiting_threads_sleep, wished_threads
 from megallm.runtime.failure import end_failure, end_interrupt, end_usage_error, end_well
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     A UsageError prints one line for the whole node and exits with 2; any other exception ends the whole job, shown once
     (runtime/failure.py).
     """
+    let_waiting_threads_sleep()
     try:
         info = launch_info()
     except ValueError as error:
@@ -89,13 +90,14 @@ def device_for(local_rank: int, *, local_world_size: int | None = None) -> torch
     """The GPU `local_rank` of this node, made current; the CPU on a node without GPUs.
 
     The ranks of a node share its cores: torch gets cores // local_world_size threads (at least 1), on GPUs as well,
-    where optimizer state may be in the host's memory; torchrun's own OMP_NUM_THREADS=1 would leave cores unused.
+    where optimizer state may be in the host's memory; torchrun's own OMP_NUM_THREADS=1 would leave cores unused. One
+    that the user has set is kept.
     `local_world_size`: None = as launched. Raises ValueError when the node has fewer GPUs than ranks.
     """
     import torch  # here, so that a mistyped flag is answered without the seconds that importing torch takes
 
     size = launch_info().local_world_size if local_world_size is None else local_world_size
-    torch.set_num_threads(threads_per_rank(num_usable_cores(), size))
+    torch.set_num_threads(wished_threads(size) or threads_per_rank(num_usable_cores(), size))
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if size > count:  # not `local_rank >= count`: all ranks find the same mistake

@@ -37,6 +37,7 @@ _WEIGHT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*(.*
 _SHOWN_CHARACTERS = 120
 _LARGEST = 1e30
 """A score: the squares of larger ones overflow."""
+_LARGEST_WEIGHT = 1e6
 
 
 class RewardError(RunStopped):
@@ -116,12 +117,12 @@ def parse_reward(text: str) -> RewardSpec:
     """The source that `NAME[:OPTION]`, `FILE.py:NAME` or a directory of a reward model names, `WEIGHT*` before it or
     not. ValueError or FileNotFoundError for what names none. Runs nothing: see check_reward."""
     weight, path = split_weight(text)
-    if not math.isfinite(weight):
-        raise ValueError(f"reward {text!r}: the weight {weight} is not finite")
+    if not abs(weight) <= _LARGEST_WEIGHT:
+        raise ValueError(f"reward {text!r}: the weight {weight} is out of range: use at most {_LARGEST_WEIGHT:g}")
     if path.partition(":")[0] in BUILT_IN or path.endswith(".py") or ".py:" in path:
         check_text(path)
         return RewardSpec(name=function_name(path), kind="function", path=path, weight=weight)
-    if Path(path).is_dir():
+    if path and Path(path).is_dir():
         folder = Path(path).resolve()
         name = folder.parent.name if (folder / "state.json").is_file() else folder.name  # of a run's checkpoint
         return RewardSpec(name=name, kind="model", path=path, weight=weight)

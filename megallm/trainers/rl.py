@@ -159,11 +159,11 @@ class RlProgram:
         return replace(state, extra=extra | beside)
 
     def _is_empty(self, answers: Answers) -> bool:
-        """Whether there is nothing to train on."""
+        """Whether there is no answer to train on; other text alone is no iteration."""
         is_trained = ~torch.isnan(answers.total)
         if self._run.rewards.overlong == "mask":
             is_trained &= answers.has_ended
-        return self._ptx is None and not bool(is_trained.any())
+        return not bool(is_trained.any())
 
     def _left_out(self, number: int, answers: Answers, sampled: Metrics, timer: Timer) -> IterationResult:
         """An iteration without updates; RunStopped at some in a row."""
