@@ -13,6 +13,7 @@ from megallm.config.finetune import ExamplesConfig, RewardConfig, SftConfig
 from megallm.config.flags import parse_run_config
 from megallm.config.optim import OptimConfig
 from megallm.config.rl import GrpoConfig, PpoConfig
+from megallm.config.rules import round_up
 from megallm.config.train import TrainConfig
 from megallm.runtime.environment import LaunchInfo, launch_info, user_cache_dir
 from megallm.runtime.launch import device_for, usage_errors
@@ -55,7 +56,7 @@ def _with_reward(run: PpoConfig, info: LaunchInfo, device: torch.device) -> PpoC
     if found is None:
         found = BASE_REWARD
         Log(info.rank).info(f"no reward is named, and {REWARD} is not there: one is trained into {BASE_REWARD} first")
-        size = _up(8, 2 * info.world_size)
+        size = round_up(8, 2 * info.world_size)
         train = TrainConfig(steps=60, micro_batch_size=2, global_batch_size=size, seq_length=256)
         small = RewardConfig(
             model=run.model, train=train, optim=OptimConfig(learning_rate=1e-4, warmup_steps=5, weight_decay=0.0),
@@ -84,7 +85,7 @@ def _with_task(run: GrpoConfig, info: LaunchInfo, device: torch.device) -> GrpoC
 
     if sharded.latest(ARITHMETIC) is None:
         Log(info.rank).info(f"no model is named: one that gets most sums wrong is trained into {ARITHMETIC} first")
-        size = _up(64, 16 * info.world_size)  # long enough to know sums, which most examples miss by a little
+        size = round_up(64, 16 * info.world_size)  # long enough to know sums, which most examples miss by a little
         train = TrainConfig(steps=200, micro_batch_size=16, global_batch_size=size, seq_length=32)
         examples = ARITHMETIC / "examples.jsonl"
         if info.rank == 0:
@@ -100,7 +101,3 @@ def _with_task(run: GrpoConfig, info: LaunchInfo, device: torch.device) -> GrpoC
             plan = sft.plan(warm, world_size=info.world_size, local_world_size=info.local_world_size, device=device)
         sft.train(plan, info, device)
     return replace(run, model=str(ARITHMETIC))
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -12,6 +12,8 @@ from typing import Literal
 from megallm.config.lora import LoraConfig
 from megallm.config.run import JobConfig
 
+KlEstimator = Literal["k1", "k2", "k3"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
@@ -97,7 +99,7 @@ class PolicyOptions:
     """Of the KL to the model before training; 0 = that model is not needed."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where it counts."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: KlEstimator = "k1"
     """How it is estimated (docs/rl.md)."""
     kl_target: float | None = None
     """KL of an answer, nats, that kl_coefficient is adapted to; None = it is fixed."""

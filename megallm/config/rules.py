@@ -45,6 +45,11 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is not below `number`."""
+    return -(-number // multiple) * multiple
+
+
 def nearest_multiples(number: int, unit: int) -> str:
     """The multiples of `unit` around `number`: "4 or 8"."""
     below = number // unit * unit

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megallm.config.rules import round_up
+
 _PAGE_TOKENS = 32
 """Of pages that several make up a sequence: half a page a sequence is lost."""
 _WHOLE_MULTIPLE = 16
@@ -68,10 +70,10 @@ def plan_cache(
     if max_batch < 1:
         raise ValueError(f"max_batch ({max_batch}) must be at least 1")
     kept = longest if sliding_window is None else min(longest, sliding_window)
-    num_slots, whole = min(max_batch, num_requests), _up(kept, _WHOLE_MULTIPLE)
+    num_slots, whole = min(max_batch, num_requests), round_up(kept, _WHOLE_MULTIPLE)
     if kv_cache_tokens is None or num_slots * whole <= kv_cache_tokens:
         return CachePlan(num_slots=num_slots, page_size=whole, num_pages=num_slots, num_cells=whole)
-    cells = _up(kept, _PAGE_TOKENS)
+    cells = round_up(kept, _PAGE_TOKENS)
     if kv_cache_tokens < cells:
         raise ValueError(
             f"kv_cache_tokens ({kv_cache_tokens}) are too few for the longest prompt with its new tokens: "
@@ -128,7 +130,3 @@ class Scheduler:
             return None
         self.live[slot], self._pages[slot] = last, pages
         return len(self.live)
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

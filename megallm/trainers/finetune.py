@@ -20,6 +20,7 @@ from megallm.config.lora import LoraConfig
 from megallm.config.model import ModelConfig
 from megallm.config.optim import OptimConfig
 from megallm.config.rl import RlConfig
+from megallm.config.rules import round_up
 from megallm.config.run import RunConfig
 from megallm.config.train import TrainConfig
 from megallm.data.finetune import PairDataset
@@ -77,7 +78,7 @@ def with_base_model(run: Run, info: LaunchInfo, device: torch.device, *, cache_d
         Log(info.rank).info(f"no model is named, and {DEMO} is not there: a tiny one is trained into {BASE} first")
         tiny = RunConfig(
             train=TrainConfig(
-                steps=140, micro_batch_size=2, global_batch_size=_up_to_multiple(16, 2 * info.world_size),
+                steps=140, micro_batch_size=2, global_batch_size=round_up(16, 2 * info.world_size),
                 seq_length=128,
             ),
             optim=OptimConfig(learning_rate=2e-3, warmup_steps=5),
@@ -165,10 +166,6 @@ def _check_quantized_once(lora: LoraConfig, source: ModelSource) -> None:
             f"{source.path} has adapters beside weights in 4 bits; with lora_base nf4 their sum would be quantised "
             "again and lose what the adapters learned: use lora_base model, or go on in the same --save"
         )
-
-
-def _up_to_multiple(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def plan_comparisons(

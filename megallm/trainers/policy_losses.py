@@ -17,9 +17,10 @@ from typing import Literal
 
 import torch
 
+from megallm.config.rl import KlEstimator
 from megallm.parallel.logprobs import IGNORE_INDEX, VocabLogits
 from megallm.trainers.losses import Batch, LossResult
-from megallm.trainers.rollout_maths import LOG_RATIO_LIMIT, KlEstimator, kl_estimate
+from megallm.trainers.rollout_maths import LOG_RATIO_LIMIT, kl_estimate
 from megallm.trainers.rows import per_token, row_means, row_sums
 
 Metrics = dict[str, torch.Tensor]

@@ -17,10 +17,10 @@ from typing import Literal
 
 import torch
 
+from megallm.config.rl import KlEstimator
 from megallm.parallel.collectives import all_reduce_
 from megallm.parallel.mesh import Axis
 
-KlEstimator = Literal["k1", "k2", "k3"]
 GroupBaseline = Literal["grpo", "dr_grpo", "rloo"]
 _EPS = 1e-8
 LOG_RATIO_LIMIT = 20.0
