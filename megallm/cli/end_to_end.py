@@ -41,10 +41,11 @@ def run_example(defaults: EndToEndConfig, *, presets: Mapping[str, Path], descri
         starts_ranks = ranks > 1 and not is_launched()
         from megallm.trainers import end_to_end  # after the flags, which fail at once
 
-        end_to_end.check(config, args.save, world_size=ranks if starts_ranks else info.world_size)
+        world_size = ranks if starts_ranks else info.world_size
+        device = device_for(info.local_rank, local_world_size=ranks if starts_ranks else None)
+        end_to_end.check(config, args.save, world_size=world_size, device=device)
         if starts_ranks:
             become_ranks(ranks, sys.argv)
-        device = device_for(info.local_rank)
     end_to_end.run_stages(config, args.save, info, device, cache_dir=user_cache_dir())
     if info.rank == 0:
         _write_report(args.save, info)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from megallm.config.check import check_run
 from megallm.config.check_finetune import before_epochs, check_dpo, check_examples, check_reward, check_sft
@@ -14,14 +15,10 @@ from megallm.config.rules import positive
 
 
 def check_end_to_end(config: EndToEndConfig, model: ModelConfig, world_size: int) -> None:
-    """ValueError or FileNotFoundError for the first broken rule of any stage, which it names. `config` is wired."""
+    """ValueError for the first broken rule of any stage, which it names. Looks at no file. `config` is wired."""
     for name in STAGES:
-        try:
+        with of_part(name):
             _check_stage(config, name, model, world_size)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{name}: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
     options = config.evaluation
     positive(options, "num_prompts", "num_pairs", "num_shown", "max_new_tokens", "decode_batch")
     if options.max_new_tokens >= config.ppo.train.seq_length:
@@ -29,7 +26,17 @@ def check_end_to_end(config: EndToEndConfig, model: ModelConfig, world_size: int
             f"evaluation: max_new_tokens ({options.max_new_tokens}) leaves no room for a prompt in ppo's seq_length "
             f"({config.ppo.train.seq_length}): use fewer"
         )
-    _check_files(options.prompts)
+
+
+@contextmanager
+def of_part(name: str) -> Iterator[None]:
+    """Puts the name of the part before what is said to be wrong."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _check_stage(config: EndToEndConfig, name: str, model: ModelConfig, world_size: int) -> None:
@@ -37,7 +44,6 @@ def _check_stage(config: EndToEndConfig, name: str, model: ModelConfig, world_si
     check_run(before_epochs(run), model, world_size)
     if isinstance(run, SftConfig | RewardConfig | DpoConfig):
         check_examples(run.data)
-        _check_files((*run.data.data, *run.data.valid_data))
     if name == "sft":
         check_sft(config.sft.sft)
     elif name == "reward":
@@ -46,10 +52,3 @@ def _check_stage(config: EndToEndConfig, name: str, model: ModelConfig, world_si
         check_dpo(config.dpo.dpo)
     elif name == "ppo":
         check_rl(config.ppo)
-        _check_files((*config.ppo.data.data, *config.ppo.policy.ptx_data))
-
-
-def _check_files(paths: tuple[str, ...]) -> None:
-    for path in paths:
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such file; name one that is there")

@@ -7,14 +7,14 @@ What is left out is counted and said. Every rank reads the same files and makes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from megallm.config.finetune import ExamplesConfig, SftOptions
 from megallm.data.chat_template import ChatTemplate
-from megallm.data.conversation import Dropped
+from megallm.data.conversation import Dropped, Preference, Ranking
 from megallm.data.convert import conversations, preferences, rankings
 from megallm.data.embedded import Split, embedded_dialogues, embedded_instructions, embedded_preferences
 from megallm.data.examples import Group, comparison_groups, conversation_examples
@@ -116,10 +116,7 @@ def comparison_data(
     template = open_template(config.template, tokenizer, model)
 
     def groups(records: Records) -> tuple[list[Group], Dropped]:
-        kind = kind_of(records, config.data_format) if records else "preference"
-        if kind == "ranking" and only_pairs:
-            raise ValueError("pairs are needed (chosen and rejected), this is ranking: train a reward model on it")
-        rows, dropped = (rankings if kind == "ranking" else preferences)(records, data_format=kind)
+        rows, dropped = _compared(records, config.data_format, only_pairs=only_pairs)
         return comparison_groups(
             rows, tokenizer, template, max_length=seq_length, overflow=config.overflow, dropped=dropped
         )
@@ -139,6 +136,40 @@ def comparison_data(
         template=template,
         notes=notes,
     )
+
+
+def check_conversations(config: ExamplesConfig) -> None:
+    """ValueError or FileNotFoundError for data that sft_data refuses with any tokenizer and template."""
+    for records in _named_records(config, _embedded_conversations):
+        made, dropped = conversations(records, data_format=config.data_format)
+        dropped.require(len(made), "conversation")
+
+
+def check_comparisons(config: ExamplesConfig, *, only_pairs: bool) -> None:
+    """ValueError or FileNotFoundError for data that comparison_data refuses with any tokenizer and template."""
+    for records in _named_records(config, embedded_preferences):
+        made, dropped = _compared(records, config.data_format, only_pairs=only_pairs)
+        dropped.require(len(made), "comparison")
+
+
+def _named_records(
+    config: ExamplesConfig, embedded: Callable[[Split], list[dict[str, Any]]]
+) -> Iterator[Records]:
+    """Those of the files; embedded ones only where they are read in a format that is named, which may not be theirs."""
+    if not config.data and config.data_format is not None:
+        yield embedded("valid")
+    for files in (config.data, config.valid_data):
+        if files:
+            yield read_records(files)
+
+
+def _compared(
+    records: Records, data_format: str | None, *, only_pairs: bool
+) -> tuple[Sequence[Preference | Ranking], Dropped]:
+    kind = kind_of(records, data_format) if records else "preference"
+    if kind == "ranking" and only_pairs:
+        raise ValueError("pairs are needed (chosen and rejected), this is ranking: train a reward model on it")
+    return (rankings if kind == "ranking" else preferences)(records, data_format=kind)
 
 
 Made = TypeVar("Made")

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megallm.config.data import DataConfig
 from megallm.data.blend import Blend, open_ranges
@@ -76,8 +77,7 @@ def load_or_build(
     if not 0.0 <= config.valid_fraction < 1.0:
         raise ValueError(f"valid_fraction ({config.valid_fraction}) must be at least 0 and below 1")
     cache = Path(config.cache_dir or cache_dir)
-    sources = parse_sources(config.data, text_key=config.text_key)
-    valid_sources = parse_sources(config.valid_data, text_key=config.text_key) if config.valid_data else ()
+    sources, valid_sources = data_sources(config)
     chosen = choose_tokenizer(
         config.tokenizer,
         sources=sources,
@@ -106,6 +106,12 @@ def load_or_build(
     )
 
 
+def data_sources(config: DataConfig) -> tuple[tuple[DataSource, ...], tuple[DataSource, ...]]:
+    """(to train on, for validation). ValueError or FileNotFoundError; reads nothing."""
+    sources = parse_sources(config.data, text_key=config.text_key)
+    return sources, parse_sources(config.valid_data, text_key=config.text_key) if config.valid_data else ()
+
+
 def check_token_range(prefix: str | Path, vocab_size: int) -> None:
     """Raise ValueError if an id in PREFIX.bin does not fit a vocabulary of `vocab_size`. Scans files of other
     programs once; ours carry their largest id."""
@@ -128,12 +134,29 @@ def choose_tokenizer(
 ) -> Tokenizer | None:
     """The tokenizer of a run: `name` (a path, `bytes` or `chars`), else the model's, else the one beside tokenised
     data, else a BPE of `vocab_size` trained once on `sources`. None only for tokenised data without any."""
+    found = planned_tokenizer(name, sources=sources, valid_sources=valid_sources, model_tokenizer=model_tokenizer)
+    if not isinstance(found, str):
+        return found
+    texts = [source for source in sources if source.kind != "tokens"]
+    if found == "chars":
+        every_text = [*texts, *(source for source in valid_sources if source.kind != "tokens")]
+        return _cached_tokenizer(every_text, cache, vocab_size=None)
+    return _cached_tokenizer(texts, cache, vocab_size=vocab_size)
+
+
+def planned_tokenizer(
+    name: str | None,
+    *,
+    sources: Sequence[DataSource],
+    valid_sources: Sequence[DataSource] = (),
+    model_tokenizer: Tokenizer | None = None,
+) -> Tokenizer | Literal["chars", "bpe"] | None:
+    """What choose_tokenizer returns, or of which kind, where it has to be made of the data."""
     texts = [source for source in sources if source.kind != "tokens"]
     if name == "bytes":
         return byte_tokenizer()
     if name == "chars" and texts:
-        every_text = [*texts, *(source for source in valid_sources if source.kind != "tokens")]
-        return _cached_tokenizer(every_text, cache, vocab_size=None)
+        return "chars"
     if name is not None and name != "chars":
         return Tokenizer.from_path(name, also="; or `bytes`, or `chars`")
     if model_tokenizer is not None and name is None:
@@ -142,7 +165,7 @@ def choose_tokenizer(
     if beside:
         return Tokenizer.from_path(beside[0])
     if len(texts) == len(sources):
-        return _cached_tokenizer(texts, cache, vocab_size=vocab_size)
+        return "bpe"
     if name == "chars" or texts or any(source.kind != "tokens" for source in valid_sources):
         tokenised = next(source.path for source in sources if source.kind == "tokens")
         raise ValueError(f"{tokenised} is tokenised and has no tokenizer.json beside it: give its tokenizer's path")

@@ -53,6 +53,18 @@ def read_prompts(
     return EMBEDDED[embedded](split)
 
 
+def plain_prompts(records: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+    """The prompts of `records` before a model reads them, all lengths, without ids. ValueError if there are none."""
+    found: list[Prompt] = []
+    dropped = Dropped()
+    for record in records:
+        made, left_out = prompts_of([record])
+        dropped.update(left_out)
+        found += [Prompt(ids=[], text=_text(messages), record=dict(record)) for messages in made]
+    dropped.require(len(found), "prompt")
+    return found
+
+
 class PromptDataset:
     """Prompts that fit, each once an epoch."""
 
@@ -90,9 +102,10 @@ class PromptDataset:
         """Tokens of the longest prompt."""
         return max(len(prompt.ids) for prompt in self._prompts)
 
-    def first_without(self, column: str) -> Prompt | None:
-        """The first prompt whose record lacks the column; None if all have it."""
-        return next((prompt for prompt in self._prompts if column not in prompt.record), None)
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """Those of an epoch, in the records' order."""
+        return self._prompts
 
     def summary(self) -> str:
         """A line: how many prompts, their lengths, what was left out."""

@@ -4,25 +4,23 @@
                              \\->  dpo
     runs/pipeline/evaluation.json                            of all of them, on held-out prompts
 
-A stage that is finished has `stage.json` in its directory and is not run again; one that was interrupted goes on from
-its last checkpoint.
+A stage that is finished is not run again; one that was interrupted goes on from its last checkpoint, if what it began
+with is still wanted (end_to_end_records.py).
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megallm.checkpoint import sharded
-from megallm.config.check_end_to_end import check_end_to_end
+from megallm.config.check_end_to_end import check_end_to_end, of_part
 from megallm.config.end_to_end import STAGES, EndToEndConfig, learned_from, wired
 from megallm.config.run import RunConfig
 from megallm.config.serialize import to_plain
@@ -30,13 +28,16 @@ from megallm.monitor.console import format_duration
 from megallm.parallel.mesh import start_process_group
 from megallm.runtime.environment import LaunchInfo
 from megallm.runtime.launch import usage_errors
+from megallm.runtime.lock import sole_writer
 from megallm.runtime.logging import Log
 from megallm.runtime.machine import machine_words
 from megallm.trainers import dpo, ppo, pretrain, reward, sft
+from megallm.trainers.end_to_end_checks import check_inputs
 from megallm.trainers.end_to_end_eval import evaluate
+from megallm.trainers.end_to_end_records import RECORD, Finished, begin, check_begun, finished, write_json
 from megallm.trainers.source import open_model
 
-RECORD, EVALUATION = "stage.json", "evaluation.json"
+EVALUATION = "evaluation.json"
 TITLES = {
     "base": "pretraining", "sft": "supervised fine-tuning", "reward": "reward model", "ppo": "PPO", "dpo": "DPO",
     "evaluation": "evaluation",
@@ -47,89 +48,20 @@ Cost = Callable[[str], float]
 """Of a stage, in any unit: what the time of the next one is expected from."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """What a stage has left in its stage.json."""
-
-    name: str
-    seconds: float
-    """Of the session that finished it."""
-    resumed_from: int
-    """Step at which that session began."""
-    learned_from: dict[str, Any]
-    settings: dict[str, Any]
-
-
-def finished(root: str | Path, name: str) -> Finished | None:
-    """A stage's record; None while it is not finished. ValueError if the file is damaged."""
-    directory = Path(root) / name
-    if not (directory / RECORD).is_file() or sharded.latest(directory) is None:
-        return None
-    try:
-        found = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-        return Finished(**found)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{directory / RECORD} is damaged ({error}): remove it, and the stage goes on from its last checkpoint"
-        ) from None
-
-
-def check(config: EndToEndConfig, root: str, *, world_size: int) -> None:
+def check(config: EndToEndConfig, root: str, *, world_size: int, device: torch.device) -> None:
     """ValueError or FileNotFoundError for what can be told before any stage runs. `config` is not wired."""
-    source = open_model(config.base.model or pretrain.DEFAULT_MODEL, from_scratch=config.base.from_scratch)
+    with of_part("base"):
+        source = open_model(config.base.model or pretrain.DEFAULT_MODEL, from_scratch=config.base.from_scratch)
     check_end_to_end(wired(config, root), source.config, world_size)
-    check_finished(config, root)
-
-
-def check_finished(config: EndToEndConfig, root: str) -> None:
-    """ValueError if a stage is finished, but was another than `config` wants (which is not wired)."""
-    for name in STAGES:
-        done = finished(root, name)
-        if done is None:
-            continue
-        wanted = json.loads(json.dumps(learned_from(config, name)))
-        if changed := _first_difference(done.learned_from, wanted):
-            raise ValueError(
-                f"{Path(root) / name} was finished with other settings ({changed}): remove that directory and those of "
-                "the stages after it, or give another --save"
-            )
+    check_begun(config, root)
+    check_inputs(config, root, world_size=world_size, device=device)
 
 
 def run_stages(config: EndToEndConfig, root: str, info: LaunchInfo, device: torch.device, *, cache_dir: Path) -> None:
     """Every stage that is not finished, in order; then the evaluation. A collective of the job."""
-    start_process_group(rank=info.rank, world_size=info.world_size, device=device)
-    whole, log, clock = wired(config, root), Log(info.rank), _Clock()
-    for number, name in enumerate(STAGES, start=1):
-        done = finished(root, name)
-        title = f"==== stage {number} of {NUM_STAGES}: {TITLES[name]} | elapsed {clock.elapsed()}"
-        if done is not None:
-            log.info(f"{title} | finished before in {format_duration(done.seconds)}, skipped ({Path(root) / name})")
-            clock.add(name, done.seconds if not done.resumed_from else None, whole)
-            continue
-        log.info(f"{title} | {clock.expected(name, whole)}")
-        begin, step = time.monotonic(), _step_of(Path(root) / name)
-        _train(name, whole, info, device, cache_dir)
-        gc.collect()  # engines hold one another
-        seconds = time.monotonic() - begin
-        clock.add(name, seconds if not step else None, whole)
-        if info.rank == 0:
-            record = Finished(
-                name=name, seconds=seconds, resumed_from=step, learned_from=learned_from(config, name),
-                settings=to_plain(whole.stage(name)),
-            )  # fmt: skip
-            write_json(Path(root) / name / RECORD, vars(record))
-    title = f"==== stage {NUM_STAGES} of {NUM_STAGES}: {TITLES['evaluation']} | elapsed {clock.elapsed()}"
-    if is_evaluated(config, root):
-        log.info(f"{title} | done before, skipped ({Path(root) / EVALUATION})")
-        return
-    log.info(title)
-    begin = time.monotonic()
-    found = evaluate(whole, info, device)
-    found |= {"seconds": time.monotonic() - begin, "of": _evaluated(config)}
-    found |= {"machine": machine_words(num_ranks=info.world_size)}
-    if info.rank == 0:
-        write_json(Path(root) / EVALUATION, found)
-    log.info(f"==== all {NUM_STAGES} stages | elapsed {clock.elapsed()}")
+    with sole_writer(root if info.rank == 0 else None):  # of the records too, which stand beside its checkpoints
+        start_process_group(rank=info.rank, world_size=info.world_size, device=device)
+        _run_stages(config, root, info, device, cache_dir)
 
 
 def is_evaluated(config: EndToEndConfig, root: str) -> bool:
@@ -148,11 +80,43 @@ def _evaluated(config: EndToEndConfig) -> dict[str, Any]:
     return to_plain(config.evaluation)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """The file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def _run_stages(
+    config: EndToEndConfig, root: str, info: LaunchInfo, device: torch.device, cache_dir: Path
+) -> None:
+    whole, log, clock = wired(config, root), Log(info.rank), _Clock()
+    for number, name in enumerate(STAGES, start=1):
+        done = finished(root, name)
+        title = f"==== stage {number} of {NUM_STAGES}: {TITLES[name]} | elapsed {clock.elapsed()}"
+        if done is not None:
+            log.info(f"{title} | finished before in {format_duration(done.seconds)}, skipped ({Path(root) / name})")
+            clock.add(name, done.seconds if not done.resumed_from else None, whole)
+            continue
+        log.info(f"{title} | {clock.expected(name, whole)}")
+        began, step = time.monotonic(), _step_of(Path(root) / name)
+        if info.rank == 0:
+            begin(config, root, name)
+        _train(name, whole, info, device, cache_dir)
+        gc.collect()  # engines hold one another
+        seconds = time.monotonic() - began
+        clock.add(name, seconds if not step else None, whole)
+        if info.rank == 0:
+            record = Finished(
+                name=name, seconds=seconds, resumed_from=step, learned_from=learned_from(config, name),
+                settings=to_plain(whole.stage(name)),
+            )  # fmt: skip
+            write_json(Path(root) / name / RECORD, vars(record))
+    title = f"==== stage {NUM_STAGES} of {NUM_STAGES}: {TITLES['evaluation']} | elapsed {clock.elapsed()}"
+    if is_evaluated(config, root):
+        log.info(f"{title} | done before, skipped ({Path(root) / EVALUATION})")
+        return
+    log.info(title)
+    began = time.monotonic()
+    found = evaluate(whole, info, device)
+    found |= {"seconds": time.monotonic() - began, "of": _evaluated(config)}
+    found |= {"machine": machine_words(num_ranks=info.world_size)}
+    if info.rank == 0:
+        write_json(Path(root) / EVALUATION, found)
+    log.info(f"==== all {NUM_STAGES} stages | elapsed {clock.elapsed()}")
 
 
 def _train(name: str, config: EndToEndConfig, info: LaunchInfo, device: torch.device, cache_dir: Path) -> None:
@@ -208,13 +172,3 @@ def _step_of(directory: Path) -> int:
     """Where an interrupted stage goes on."""
     checkpoint = sharded.latest(directory)
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-
-
-def _first_difference(one: Any, other: Any, path: str = "") -> str:
-    """`sft.train.steps: 60, now 80`; empty if they are equal."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in [*one, *(key for key in other if key not in one)]:
-            if found := _first_difference(one.get(key), other.get(key), f"{path}.{key}" if path else key):
-                return found
-        return ""
-    return "" if one == other else f"{path}: {one}, now {other}"

@@ -102,23 +102,29 @@ def open_base(
     source.check_weights()
     config = source.config if drop else source.config.replace(hidden_dropout=0.0, attention_dropout=0.0)
     check_shape(before_epochs(run), config, world_size=world_size, device=device)
-    _check_quantized_once(run.lora, source)
-    tokenizer = source.tokenizer() if run.data.tokenizer is None else Tokenizer.from_path(run.data.tokenizer)
+    if source.kind == "checkpoint" and source.path is not None:
+        check_quantized_once(run.lora, read_lora_config(source.path), source.path)
+    tokenizer = tokenizer_of(run, own=source.tokenizer(), vocab_size=config.vocab_size)
+    return Base(source=source, config=config, tokenizer=tokenizer, multiple=_ROUND_TO * run.parallel.tp)
+
+
+def tokenizer_of(run: FinetuneConfig | RlConfig, *, own: Tokenizer | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer of `run`, whose model has `own` and a vocabulary of this size. ValueError or FileNotFoundError."""
+    tokenizer = own if run.data.tokenizer is None else Tokenizer.from_path(run.data.tokenizer)
     if tokenizer is None:
         raise ValueError(f"{run.model} has no tokenizer.json beside it: give one with --tokenizer")
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, but {run.model} has a vocabulary of "
-            f"{config.vocab_size}: use the tokenizer that the model was trained with"
+            f"{vocab_size}: use the tokenizer that the model was trained with"
         )
-    own = source.tokenizer()
     if own is not None and (moved := own.moved(tokenizer)):
         raise ValueError(
             f"--tokenizer {run.data.tokenizer} is another than that of {run.model}: {moved!r} has id "
             f"{tokenizer.token_to_id(moved)} instead of {own.token_to_id(moved)}; leave the flag out, or extend the "
             "model's own"
         )
-    return Base(source=source, config=config, tokenizer=tokenizer, multiple=_ROUND_TO * run.parallel.tp)
+    return tokenizer
 
 
 def plan_finetune(
@@ -156,14 +162,12 @@ def show(plan: FinetunePlan[Dataset], number: int, *, colour: bool) -> str:
     return "\n".join([*plan.job.notes, show_masks(plan.data.examples, plan.job.tokenizer, number, colour=colour)])
 
 
-def _check_quantized_once(lora: LoraConfig, source: ModelSource) -> None:
-    """ValueError where weights in 4 bits would take adapters up and be quantised a second time."""
-    if source.kind != "checkpoint" or source.path is None or not lora.is_nf4:
-        return
-    saved = read_lora_config(source.path)
-    if saved is not None and saved.is_nf4:
+def check_quantized_once(lora: LoraConfig, saved: LoraConfig | None, where: str | Path) -> None:
+    """ValueError where weights in 4 bits would take adapters up and be quantised a second time. `saved`: of the model
+    to start from."""
+    if lora.is_nf4 and saved is not None and saved.is_nf4:
         raise ValueError(
-            f"{source.path} has adapters beside weights in 4 bits; with lora_base nf4 their sum would be quantised "
+            f"{where} has adapters beside weights in 4 bits; with lora_base nf4 their sum would be quantised "
             "again and lose what the adapters learned: use lora_base model, or go on in the same --save"
         )
 

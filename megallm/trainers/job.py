@@ -108,16 +108,7 @@ def plan_job(
     local_world_size: ranks that share this node's memory. rows_per_sample, notes, lora: see JobPlan.
     """
     run = resolve_run(run)
-    warnings = check_run(run, config, world_size)
-    warnings += check_fp8(fp8_recipe(run.numerics), config, tp=run.parallel.tp, device=device)
-    if lora is not None:
-        check_lora(lora, config, run.optim, tp=run.parallel.tp, precision=run.numerics.precision)
-    backends = Backends(parse_backends(run.backend), announce=lambda line: None)
-    check_names(backends, config, lora=lora)
-    check_backends(
-        backends, config, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision],
-        offload=run.parallel.offload != "none", lora=lora,
-    )  # fmt: skip
+    warnings, backends = check_job(run, config, lora=lora, world_size=world_size, device=device)
     memory = plan_memory(
         run, config, world_size=world_size, device=device, backends=backends, rows_per_sample=rows_per_sample, lora=lora
     )
@@ -136,6 +127,23 @@ def plan_job(
         run=run, source=source, config=config, tokenizer=tokenizer, warnings=tuple(warnings), memory=memory,
         resume_from=resume_from, rows_per_sample=rows_per_sample, notes=notes, lora=lora,
     )  # fmt: skip
+
+
+def check_job(
+    run: JobConfig, config: ModelConfig, *, lora: LoraConfig | None, world_size: int, device: torch.device
+) -> tuple[list[str], Backends]:
+    """Warnings, and the back ends that were chosen; ValueError for what is wrong whatever the data and the weights."""
+    warnings = check_run(run, config, world_size)
+    warnings += check_fp8(fp8_recipe(run.numerics), config, tp=run.parallel.tp, device=device)
+    if lora is not None:
+        check_lora(lora, config, run.optim, tp=run.parallel.tp, precision=run.numerics.precision)
+    backends = Backends(parse_backends(run.backend), announce=lambda line: None)
+    check_names(backends, config, lora=lora)
+    check_backends(
+        backends, config, tp=run.parallel.tp, device=device, dtype=DTYPES[run.numerics.precision],
+        offload=run.parallel.offload != "none", lora=lora,
+    )  # fmt: skip
+    return warnings, backends
 
 
 def run_job(

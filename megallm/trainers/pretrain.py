@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megallm.config.model import ModelConfig
 from megallm.config.run import RunConfig
 from megallm.data.loader import BatchLoader, ValidationLoader
 from megallm.data.prepare import load_or_build
@@ -23,7 +24,7 @@ from megallm.trainers.engine import Engine
 from megallm.trainers.evaluate import validation_metrics
 from megallm.trainers.job import JobPlan, check_shape, plan_job, run_job
 from megallm.trainers.losses import language_model_loss
-from megallm.trainers.source import open_model
+from megallm.trainers.source import ModelSource, open_model
 
 DEFAULT_MODEL = "tiny"
 
@@ -53,8 +54,7 @@ def plan(
     config, device = source.config, device or torch.device("cpu")
     check_shape(run, config, world_size=world_size, device=device)
     data = load_or_build(run.data, cache_dir=cache_dir, tokenizer=source.tokenizer())
-    if source.kind == "preset" and (run.model or DEFAULT_MODEL) == DEFAULT_MODEL:
-        config = config.replace(vocab_size=data.vocab_size)  # the tiny model speaks the data's language
+    config = shape_of(run, source, vocab_size=data.vocab_size)
     if data.vocab_size > config.vocab_size:
         raise ValueError(
             f"the data has token ids up to {data.vocab_size - 1}, but {run.model or DEFAULT_MODEL} has a vocabulary of "
@@ -71,6 +71,13 @@ def plan(
         train_samples=data.train_dataset(seq_length=run.train.seq_length, seed=run.train.seed),
         valid_samples=data.valid_dataset(seq_length=run.train.seq_length),
     )
+
+
+def shape_of(run: RunConfig, source: ModelSource, *, vocab_size: int) -> ModelConfig:
+    """The model's, on data of so many ids: the tiny model speaks the data's language."""
+    if source.kind == "preset" and (run.model or DEFAULT_MODEL) == DEFAULT_MODEL:
+        return source.config.replace(vocab_size=vocab_size)
+    return source.config
 
 
 def pretrain(plan: PretrainPlan, info: LaunchInfo, device: torch.device, *, sample_prompt: str = "") -> Engine:

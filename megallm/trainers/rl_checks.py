@@ -11,11 +11,12 @@ from typing import TypeVar
 
 from megallm.checkpoint import sharded
 from megallm.config.check import check_layout, check_length
+from megallm.config.model import ModelConfig
 from megallm.config.parallel import ParallelConfig
 from megallm.config.rl import PpoConfig, RlConfig
 from megallm.config.rules import nearest_multiples
-from megallm.data.prompts import PromptDataset
-from megallm.trainers.finetune import Base
+from megallm.data.prompts import Prompt
+from megallm.data.tokenizer import Tokenizer
 from megallm.trainers.rewards import RewardSpec, split_weight
 from megallm.trainers.source import ModelSource, open_model
 
@@ -68,26 +69,33 @@ def _pin(path: str, before: Sequence[str | None], began: Path | None) -> str:
 
 
 def check_beside(
-    run: RlConfig, base: Base, source: ModelSource, name: str, tp: int | None, pp: int | None, world_size: int
+    run: RlConfig, tokenizer: Tokenizer, source: ModelSource, name: str, tp: int | None, pp: int | None, world_size: int
 ) -> None:
     """ValueError unless a model beside the policy reads the same tokens, as many of them, and fits its mesh."""
-    layout = ParallelConfig(tp=tp or run.parallel.tp, pp=pp or run.parallel.pp)
-    try:
-        check_layout(source.config, layout, world_size)
-        check_length(source.config, seq_length=run.train.seq_length)
-    except ValueError as error:
-        raise ValueError(f"{name}, on tp {layout.tp} x pp {layout.pp}: {error}") from error
-    if source.config.vocab_size < base.tokenizer.vocab_size:
+    check_mesh(run, source.config, name, tp, pp, world_size)
+    if source.config.vocab_size < tokenizer.vocab_size:
         raise ValueError(
-            f"{name} has a vocabulary of {source.config.vocab_size}, {run.model} writes {base.tokenizer.vocab_size} "
+            f"{name} has a vocabulary of {source.config.vocab_size}, {run.model} writes {tokenizer.vocab_size} "
             "different tokens: give a model with the same ones"
         )
     own = source.tokenizer()
-    if own is not None and (moved := own.moved(base.tokenizer)):
+    if own is not None and (moved := own.moved(tokenizer)):
         raise ValueError(
             f"{name} has another tokenizer than {run.model}: {moved!r} is another token; train it from a model with "
             "the same one"
         )
+
+
+def check_mesh(
+    run: RlConfig, config: ModelConfig, name: str, tp: int | None, pp: int | None, world_size: int
+) -> None:
+    """ValueError unless a model of this shape beside the policy reads as many tokens, and fits its mesh."""
+    layout = ParallelConfig(tp=tp or run.parallel.tp, pp=pp or run.parallel.pp)
+    try:
+        check_layout(config, layout, world_size)
+        check_length(config, seq_length=run.train.seq_length)
+    except ValueError as error:
+        raise ValueError(f"{name}, on tp {layout.tp} x pp {layout.pp}: {error}") from error
 
 
 def check_frozen(run: RlConfig, rewards: Sequence[RewardSpec], *, has_copy: bool) -> None:
@@ -113,11 +121,11 @@ def check_minibatch(run: RlConfig, world_size: int) -> None:
         )
 
 
-def check_columns(rewards: Sequence[RewardSpec], *prompts: PromptDataset | None) -> None:
+def check_columns(rewards: Sequence[RewardSpec], *prompts: Sequence[Prompt]) -> None:
     """ValueError if a reward function lacks a column in a record."""
     for spec in rewards:
         for column, each in product(spec.columns, prompts):
-            without = None if each is None else each.first_without(column)
+            without = next((prompt for prompt in each if column not in prompt.record), None)
             if without is not None:
                 raise ValueError(
                     f"reward {spec.path} needs the column {column!r}; the record of prompt {without.text[:80]!a} has "

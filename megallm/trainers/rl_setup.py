@@ -96,12 +96,13 @@ def plan_rl(
     critic_source = None if critic is None else critic(rewards)
     if critic_source is not None:
         critic_source.check_weights()
-        check_beside(run, base, critic_source, "the critic", run.meshes.critic_tp, run.meshes.critic_pp, world_size)
+        tp, pp = run.meshes.critic_tp, run.meshes.critic_pp
+        check_beside(run, base.tokenizer, critic_source, "the critic", tp, pp, world_size)
         check_minibatch(run, world_size)
     template = open_template(run.data.template, base.tokenizer, base.source.directory)
     chat = ChatModel(tokenizer=base.tokenizer, template=template, max_length=run.train.seq_length)
     prompts, held_out = _prompts(run, chat, embedded)
-    check_columns(rewards, prompts, held_out)
+    check_columns(rewards, prompts.prompts, () if held_out is None else held_out.prompts)
     rollout = run.rollout
     words = (
         f"{rollout.rollout_batch_size} prompts, {rollout.samples_per_prompt} answers each of up to "
@@ -173,14 +174,22 @@ def _rewards(run: RlConfig, base: Base, world_size: int) -> tuple[RewardSpec, ..
     for spec in specs:
         if spec.kind != "model":
             continue
-        source = open_model(spec.path)
-        if source.config.head != "scalar":
-            raise ValueError(f"reward {spec.path} is a language model: train a reward model on it (examples/reward.py)")
-        assert source.path is not None
-        source.check_weights()
-        read_calibration(source.path)  # damaged, it says so now
-        check_beside(run, base, source, f"reward {spec.path}", run.meshes.frozen_tp, run.meshes.frozen_pp, world_size)
+        source = open_reward_model(spec)
+        check_beside(
+            run, base.tokenizer, source, f"reward {spec.path}", run.meshes.frozen_tp, run.meshes.frozen_pp, world_size
+        )  # fmt: skip
     return specs
+
+
+def open_reward_model(spec: RewardSpec) -> ModelSource:
+    """Its source, looked at. ValueError or FileNotFoundError unless it is a reward model that can be read."""
+    source = open_model(spec.path)
+    if source.config.head != "scalar":
+        raise ValueError(f"reward {spec.path} is a language model: train a reward model on it (examples/reward.py)")
+    assert source.path is not None
+    source.check_weights()
+    read_calibration(source.path)  # damaged, it says so now
+    return source
 
 
 def _open_rewards(plan: RlPlan, run: RlConfig, mesh: Mesh) -> RewardMixture:

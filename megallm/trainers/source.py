@@ -72,12 +72,12 @@ def open_model(name: str, *, from_scratch: bool = False, head: Head | None = Non
     if not path.is_dir():
         if "/" in name or path.exists():
             raise FileNotFoundError(f"{name}: no such model directory; give one, or the name of a preset")
-        return ModelSource(config=_with_head(get_preset(name), head), kind="preset")
+        return ModelSource(config=with_head(get_preset(name), head), kind="preset")
     checkpoint = sharded.latest(path)
     if checkpoint is not None:
         found = [p / "tokenizer.json" for p in (checkpoint, checkpoint.parent) if (p / "tokenizer.json").is_file()]
         stored = sharded.read_model_config(checkpoint)
-        config = _with_head(stored, head)
+        config = with_head(stored, head)
         return ModelSource(
             config=config,
             kind="checkpoint",
@@ -91,7 +91,7 @@ def open_model(name: str, *, from_scratch: bool = False, head: Head | None = Non
             "engine.load_adapters (docs/lora.md)"
         )
     stored = model_config_from_hf(read_hf_config(path))
-    config = _with_head(stored, head)
+    config = with_head(stored, head)
     if not from_scratch:
         HFWeights(path, config, new_head=config.head != stored.head)  # names and shapes, from the files' headers
     has_tokenizer = (path / "tokenizer.json").is_file()
@@ -104,13 +104,14 @@ def open_model(name: str, *, from_scratch: bool = False, head: Head | None = Non
     )
 
 
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
-
-
-def _with_head(config: ModelConfig, head: Head | None) -> ModelConfig:
+def with_head(config: ModelConfig, head: Head | None) -> ModelConfig:
+    """The shape with that head; None: as it is. ValueError for a language model's head where another is stored."""
     if head is None or head == config.head:
         return config
     if head == "lm":
         raise ValueError("this is a reward model, with a scalar head: give a language model")
     return config.replace(head=head, tie_word_embeddings=False)
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
