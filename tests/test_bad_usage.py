@@ -20,7 +20,8 @@ LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def run(arguments: list[str], *, folder: Path, world_size: int = 1, program: str = "example") -> tuple[int, str]:
-    """(exit code, stderr) of the example or of `megallm`, as rank 0 of `world_size`, in a process of its own.
+    """(exit code, stderr) of the example, of another one by its name or of `megallm`, as rank 0 of `world_size`, in a
+    process of its own.
 
     No process group can exist: the other ranks do not. A program that waited for them would not return.
     """
@@ -45,12 +46,13 @@ def _child(send: Any, arguments: list[str], folder: Path, world_size: int, progr
     os._exit = lambda status: (_ for _ in ()).throw(SystemExit(status))  # type: ignore[assignment]
     with contextlib.redirect_stderr(said):
         try:
-            if program == "example":
-                runpy.run_path(str(EXAMPLE), run_name="__main__")
-            else:
+            if program == "megallm":
                 from megallm.cli.main import main
 
                 main()
+            else:
+                path = EXAMPLE if program == "example" else EXAMPLE.with_name(program)
+                runpy.run_path(str(path), run_name="__main__")
         except SystemExit as end:
             code = int(end.code or 0)
         except BaseException:
@@ -146,6 +148,33 @@ def test_bad_usage_is_one_line_and_exit_code_2(case: str, folder: Path) -> None:
     assert not (folder / "out").exists()
 
 
+PLACES = {
+    "pretrain_gpt.py": ("example", ["--save"]),
+    "a metrics file": ("example", ["--save", "out", "--metrics-file"]),
+    "sft.py": ("sft.py", ["--save"]),
+    "grpo.py": ("grpo.py", ["--save"]),
+    "pipeline.py": ("pipeline.py", ["--tp", "1", "--pp", "1", "--save"]),
+}
+
+
+@pytest.mark.parametrize("place", ["text.txt", "text.txt/below", "/proc/nowhere"])
+@pytest.mark.parametrize("case", PLACES)
+def test_where_nothing_can_be_written_nothing_begins(case: str, place: str, folder: Path) -> None:
+    """A file is no directory to save in, and one to be replaced by metrics."""
+    if (case, place) == ("a metrics file", "text.txt"):
+        place = "no_weights"
+    program, flags = PLACES[case]
+    code, said = run([*flags, place], folder=folder, program=program)
+    assert code == 2 and said.startswith(f"error: {place} ") and said.count("\n") == 1, said
+    assert not (folder / "runs").exists() and not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("program", ["example", "pipeline.py"])
+def test_a_directory_is_no_config_file(program: str, folder: Path) -> None:
+    code, said = run(["--config", "no_weights"], folder=folder, program=program)
+    assert code == 2 and "no_weights: is a directory" in said.lower() and said.count("\n") == 1, said
+
+
 COMMANDS = {
     "doctor_of_no_ranks": (["doctor", "--tp", "0"], ["tp (0)", "at least 1"]),
     "doctor_of_heads_that_do_not_divide": (["doctor", "--tp", "3"], ["tp (3)", "use tp 2, 4 or 8"]),
@@ -173,6 +202,26 @@ COMMANDS = {
         ["eval", "--model", "no_weights", "--data", "broken.jsonl", "--tokens-at-once", "0"], ["tokens_at_once (0)"],
     ),
     "generate_without_prompt": (["generate", "--model", "bert"], ["--prompt"]),
+    "generate_onto_a_directory": (
+        ["generate", "--model", "no_weights", "--prompt", "x", "--out", "bert"], ["bert is a directory"],
+    ),
+    "generate_below_a_file": (
+        ["generate", "--model", "no_weights", "--prompt", "x", "--out", "text.txt/x"], ["text.txt is not a directory"],
+    ),
+    "generate_onto_a_device": (
+        ["generate", "--model", "no_weights", "--prompt", "x", "--out", "/dev/null"], ["/dev/null is a device"],
+    ),
+    "eval_onto_a_directory": (
+        ["eval", "--model", "no_weights", "--data", "broken.jsonl", "--per-document", "bert"], ["bert is a directory"],
+    ),
+    "prepare_where_nothing_can_be": (["prepare", "--out", "/proc/nowhere/x"], ["/proc/nowhere/x.bin cannot be"]),
+    "prepare_without_a_name": (["prepare", "--out", "bert/"], ["'bert/' is a directory", "such as bert/tokens"]),
+    "export_onto_a_file": (["export", "bert", "text.txt"], ["text.txt is not a directory"]),
+    "schedule_onto_a_directory": (["schedule", "--out", "bert"], ["bert is a directory"]),
+    "memory_onto_a_directory": (["memory", "--out", "bert"], ["bert is a directory"]),
+    "chat_without_tokens": (
+        ["chat", "--model", "no_weights", "--max-new-tokens", "0"], ["max_new_tokens (0) must be at least 1"],
+    ),
     "export_of_nothing": (["export", "nowhere", "out"], ["nowhere"]),
     "schedule_that_cannot_be": (
         ["schedule", "--pp", "4", "--microbatches", "6", "--schedule", "interleaved", "--virtual-stages", "2"],

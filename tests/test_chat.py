@@ -43,15 +43,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def stdin(text: str) -> Iterator[None]:
-    before, sys.stdin = sys.stdin, io.StringIO(text)
+def stdin(text: str | io.TextIOWrapper) -> Iterator[None]:
+    before, sys.stdin = sys.stdin, io.StringIO(text) if isinstance(text, str) else text
     try:
         yield
     finally:
         sys.stdin = before
 
 
-def talk(model: str, lines: str, flags: str = "") -> str:
+def talk(model: str, lines: str | io.TextIOWrapper, flags: str = "") -> str:
     """What is printed."""
     out = io.StringIO()
     with stdin(lines), contextlib.redirect_stdout(out):
@@ -103,6 +103,13 @@ def test_a_conversation_that_is_too_long_says_so_and_goes_on(model: Path) -> Non
     assert "longer than" in said[0] and "/reset" in said[0] and said[1]
 
 
+def test_lines_that_are_not_utf8_are_left_out_and_named(model: Path) -> None:
+    raw = io.TextIOWrapper(io.BytesIO(b"Hi\xff\n/system \xfe\nHello\n"), encoding="utf-8")
+    first, second, answer = talk(str(model), raw).rstrip("\n").split("\n")
+    assert first.startswith("line 1 is left out: ") and "not UTF-8" in first and second.startswith("line 2 is left")
+    assert answer == talk(str(model), "Hello\n").rstrip("\n")
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, asked = Engine.stream, []
 
@@ -128,6 +135,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model: Path, monkeypatch: p
         ("--top-p 0", "top_p (0.0)"),
         ("--stop ", "empty stop string"),
         ("--tokenizer nowhere", "no tokenizer at nowhere"),
+        ("--seq-length 601", "seq_length (601) is more than"),
+        ("--max-new-tokens 0", "max_new_tokens (0) must be at least 1"),
+        ("--system \udcff", "--system: the tokenizer cannot encode this text: it holds bytes that are not UTF-8"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_said(flags: str, words: str, model: Path) -> None:
@@ -145,6 +155,38 @@ def test_generate_writes_samples_with_what_there_is_to_know(model: Path, tmp_pat
     for row in rows:
         assert len(row["token_ids"]) == len(row["logprobs"]) <= 9 and all(each <= 0 for each in row["logprobs"])
         assert row["finish_reason"] in ("stop", "length") and row["prompt"] == "Hi"
+
+
+def test_generate_reads_the_prompts_that_it_has_written(model: Path, tmp_path: Path) -> None:
+    given, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts = ["a\u2028b", "c\x85d"]
+    given.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))
+    command = f"generate --model {model} --max-new-tokens 2 --prompts".split()
+    assert megallm_run([*command, str(given), "--out", str(out)]) == 0
+    assert megallm_run([*command, str(out), "--out", str(tmp_path / "again.jsonl")]) == 0
+    assert (tmp_path / "again.jsonl").read_text() == out.read_text() and out.read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "in.jsonl: is a directory"),
+        (b'{"prompt": "a"}\n{"prompt": "\xff"}', "in.jsonl:2: not UTF-8"),
+        (b'{"prompt": "a"}\n{"text": "b"}', "in.jsonl:2: no key 'prompt'"),
+        (b'{"prompt": "\\ud800"}', "in.jsonl, document 1: the tokenizer cannot encode this text: it holds bytes"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_told_with_their_place(
+    content: bytes | None, words: str, model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "in.jsonl"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        megallm_run(["generate", "--model", str(model), "--prompts", str(file)])
+    assert words in str(error.value)
 
 
 def test_generate_cuts_the_text_at_a_stop_string(model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from megallm.data.chat_template import ChatTemplate, TemplateRefusal
 from megallm.data.conversation import Conversation, Dropped, Message, Preference, Ranking
 from megallm.data.convert import conversations, preferences, prompts, rankings
-from megallm.data.records import Record, detect_format, kind_of, read_records
+from megallm.data.records import Record, detect_format, kind_of, read_json_lines, read_records
 from megallm.data.templates import MARKS, TEMPLATES
 from megallm.data.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer
 
@@ -66,6 +66,14 @@ def test_records_of_several_files_come_in_order(tmp_path: Path) -> None:
 def test_broken_files_are_named_with_their_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_records(write(tmp_path / name, content))
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    """Others stand in strings of JSON as they are."""
+    rows = [{"text": "a\u2028b\u2029c\x85d"}, {"text": "e"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    found = read_json_lines(tmp_path / "a.jsonl")
+    assert found == rows and found[1].where.endswith("a.jsonl:2")
 
 
 def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training_cases import once
@@ -208,16 +209,37 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
         ([[1, 101]], 3, "prompt 0 has token id 101, but the model's vocabulary has 101 ids"),
         ([[-1]], 3, "prompt 0 has token id -1"),
         ([[1]], 0, "max_new_tokens .0. must be at least 1"),
-        ([[1] * 60], 5, "65 positions, but the model has learned 64"),
+        ([[1] * 60], 5, "65 positions, but the model has 64 .*: shorten the prompt or max_new_tokens$"),
+        (torch.ones(1, 2), 3, "prompts are of type Tensor: give lists of token ids"),
+        ([[1], torch.tensor([2, 3])], 3, "prompt 1 is of type Tensor: give a list of token ids"),
+        ([1, 2], 3, "prompt 0 is of type int: give a list of token ids"),
+        (["a"], 3, "prompt 0 is of type str"),
+        ([[1, True]], 3, "prompt 0 holds True: token ids are whole numbers"),
+        ([[1, None]], 3, "prompt 0 holds None"),
+        ([[1.0]], 3, "prompt 0 holds 1.0"),
+        ([[1]], 4.0, "max_new_tokens .4.0. must be a whole number"),
+        ([[1]], [True], "max_new_tokens .True. must be a whole number"),
     ],
 )
-def test_what_cannot_be_continued_is_refused_in_words(prompts: Tokens, num_new: int, message: str) -> None:
+def test_what_cannot_be_continued_is_refused_in_words(prompts: Any, num_new: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_engine("gpt2").generate(prompts, max_new_tokens=num_new)
 
 
-def test_a_learned_table_can_be_filled_to_its_last_position() -> None:
-    assert len(make_engine("gpt2").generate([[1] * 60], max_new_tokens=4)[0]) == 4
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_positions_can_be_filled_to_the_last_one(model: str) -> None:
+    assert len(make_engine(model).generate([[1] * 60], max_new_tokens=4)[0]) == 4
+
+
+def test_no_model_generates_beyond_its_positions() -> None:
+    with pytest.raises(ValueError, match="65 positions, but the model has 64 .*raise it in the model's config.json"):
+        make_engine("llama").generate([[1] * 60], max_new_tokens=5)
+
+
+def test_numbers_of_numpy_are_whole_numbers() -> None:
+    engine = make_engine("llama")
+    prompt, new = np.array([5, 17]), np.int64(3)
+    assert engine.generate([list(prompt)], max_new_tokens=new) == engine.generate([[5, 17]], max_new_tokens=3)
 
 
 def test_a_negative_temperature_is_refused() -> None:

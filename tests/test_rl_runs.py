@@ -239,6 +239,7 @@ def test_the_first_iteration_knows_that_nothing_has_moved(example: Run, folder: 
     [
         (["--global-batch-size", "3"], ["rollout_batch_size 4 * samples_per_prompt 1 = 4", "global_batch_size (3)"]),
         (["--max-new-tokens", "48"], ["max_new_tokens (48)", "seq_length (48)"]),
+        (["--seq-length", "300", "--max-new-tokens", "100"], ["the longest prompt (", "100 new ones", "model has 64"]),
         (["--temperature", "0"], ["temperature (0.0)", "above 0"]),
         (["--reward", "exact_anwser"], ["'exact_anwser'", "exact_answer"]),
         (["--reward", "missing.py:f"], ["missing.py"]),

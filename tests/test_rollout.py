@@ -176,6 +176,7 @@ def test_weights_that_are_not_numbers_are_named() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_samples": 2.5}, "num_samples .2.5. must be a whole number"),
         ({"num_samples": 0}, "num_samples .0. must be at least 1"),
         ({"sampling": Sampling()}, "num_samples .3. of a greedy answer are all equal"),
         ({"sampling": Sampling(temperature=1.0, stop_strings=("x",))}, "give the tokenizer"),

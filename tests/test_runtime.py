@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +18,17 @@ import pytest
 import torch
 
 from megallm.runtime.environment import let_waiting_threads_sleep, wished_threads
-from megallm.runtime.launch import LaunchInfo, device_for, launch_info, num_usable_cores, threads_per_rank
+from megallm.runtime.launch import (
+    LaunchInfo,
+    UsageError,
+    device_for,
+    launch_info,
+    num_usable_cores,
+    threads_per_rank,
+    usage_errors,
+)
 from megallm.runtime.logging import Log
+from megallm.runtime.outputs import check_output_directory, check_output_file
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -80,6 +91,55 @@ def test_a_usage_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
     done = run(tmp_path, 'with usage_errors():\n    open("/nowhere/data.txt")', num_ranks=1)
     assert (done.code, done.stderr) == (2, "error: /nowhere/data.txt: no such file or directory\n")
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (lambda path: path.read_text(), "is a directory"),
+        (lambda path: path.mkdir(), "file exists"),
+        (lambda path: (path / "file" / "below").touch(), "not a directory"),
+        (lambda path: (path / ("x" * 300)).touch(), "file name too long"),
+    ],
+)
+def test_what_the_system_has_against_a_path_is_a_usage_error(
+    use: Callable[[Path], object], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError) as error, usage_errors():
+        use(tmp_path)
+    assert str(error.value).startswith(str(tmp_path)) and str(error.value).endswith(f": {words}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(errno.EPERM, "not of a path"), OSError(errno.ENOSPC, "no space left", "file"), KeyError("a bug")],
+)
+def test_what_is_no_mistake_of_usage_stays_what_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, usage_errors():
+        raise error
+    assert raised.value is error
+
+
+def test_asking_whether_something_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "file", tmp_path / "new", tmp_path / "a" / "b" / "new"):
+        check_output_file(path)
+    for path in (tmp_path, tmp_path / "a" / "b"):
+        check_output_directory(path)
+    for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "link" / "below"):
+        with pytest.raises(ValueError, match="is not a directory; choose another place"):
+            check_output_directory(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_without_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="takes no new files .permission denied.; choose another place"):
+        check_output_file(tmp_path / "a" / "new")
 
 
 def test_any_other_error_has_a_traceback_and_exit_code_1(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -160,11 +161,15 @@ def test_top_p_keeps_the_fewest_tokens_also_of_equal_ones(top_p: float, kept: se
         ({"repetition_penalty": 0.0}, "repetition_penalty .0.0."),
         ({"temperature": float("nan")}, "temperature .nan."),
         ({"stop_strings": ("",)}, "empty stop string"),
+        ({"stop_strings": "self"}, "stop_strings .'self'. must be a tuple of texts"),
+        ({"stop_strings": (3,)}, "stop_strings ..3,.. must be a tuple of texts"),
+        ({"top_k": 2.5}, "top_k .2.5. must be a whole number"),
+        ({"seed": 2.5}, "seed .2.5. must be a whole number"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float], message: str) -> None:
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Sampling(**wrong)  # type: ignore[arg-type]
+        Sampling(**wrong)
 
 
 def test_what_training_may_sample_with() -> None:

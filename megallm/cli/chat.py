@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import queue
 import signal
@@ -18,7 +19,7 @@ from dataclasses import replace
 
 import torch
 
-from megallm.cli.inference import add_model_arguments, add_sampling_arguments, open_job, sampling_of
+from megallm.cli.inference import add_model_arguments, add_sampling_arguments, check_positive, open_job, sampling_of
 from megallm.cli.judge import open_chat
 from megallm.data.chat_model import ChatModel
 from megallm.data.conversation import Message, Unusable
@@ -49,8 +50,14 @@ def run(args: argparse.Namespace) -> Callable[[], int]:
         raise ValueError(
             f"a chat is one conversation: {world_size} ranks are not tp x pp = {args.tp * args.pp}: start as many"
         )
+    check_positive(args, "max_new_tokens")
     job = open_job(args)
     chat = open_chat(args, job, args.template)
+    if args.system is not None:
+        try:
+            chat.tokenizer.encode(args.system)
+        except ValueError as error:
+            raise ValueError(f"--system: {error}") from error
     ends = chat.template is not None and len(chat.template.stop_ids(chat.tokenizer)) == 1
     stops = (*args.stop, *([chat.turn_end] if chat.turn_end and not ends else []))
     sampling = replace(sampling_of(args), stop_ids=chat.stop_ids, stop_strings=stops)
@@ -84,11 +91,19 @@ class Conversation:
             if word == "/reset":
                 self._reset(self._system)
             elif word == "/system":
-                self._reset(rest.strip() or None)
+                self._instruct(rest.strip(), lines)
             elif word.startswith("/"):
                 lines.say(f"{_HELP}\n")
             elif word:
                 self._answer(line.strip(), lines)
+
+    def _instruct(self, system: str, lines: _Lines) -> None:
+        try:
+            self._chat.tokenizer.encode(system)
+        except ValueError as error:
+            lines.say(f"line {lines.number} is left out: {error}\n")
+            return
+        self._reset(system or None)
 
     def _reset(self, system: str | None) -> None:
         self._system = system
@@ -100,6 +115,9 @@ class Conversation:
             prompt = self._chat.prompt(messages, new_tokens=self._max_new_tokens)
         except Unusable as reason:
             lines.say(f"{reason}: /reset begins anew, a lower --max-new-tokens leaves more room\n")
+            return
+        except ValueError as error:  # of a text that has no ids
+            lines.say(f"line {lines.number} is left out: {error}\n")
             return
         self._turns += 1
         sampling = replace(self._sampling, seed=hash_ints(self._sampling.seed, self._turns))
@@ -126,7 +144,11 @@ class _Lines:
         self._world, self._device = engine.mesh.world, engine.mesh.device
         self._is_first = self._world.rank == 0
         self.is_terminal = self._is_first and sys.stdin.isatty()
+        self.number = 0
+        """Of the line that came last, from 1."""
         self._read: queue.Queue[str] | None = None
+        if self._is_first and isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a wrong byte is a fault of its line, not of the program
         if self._is_first and self._world.size > 1:
             self._read = queue.Queue()
             threading.Thread(target=self._read_on, args=(self._read,), daemon=True).start()
@@ -143,6 +165,7 @@ class _Lines:
             line = self._own_line() if self._is_first else None
             found: str | None = json.loads(broadcast_text(json.dumps(line), self._world, self._device, src=0))
             if found is not None:
+                self.number += 1
                 return found or None
 
     def _own_line(self) -> str | None:

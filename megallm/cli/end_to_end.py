@@ -12,6 +12,7 @@ from megallm.config.end_to_end import EndToEndConfig, from_file, with_layout, wi
 from megallm.runtime.environment import become_ranks, is_launched, launch_info, user_cache_dir
 from megallm.runtime.launch import device_for, usage_errors
 from megallm.runtime.logging import Log
+from megallm.runtime.outputs import check_output_directory
 
 if TYPE_CHECKING:
     from megallm.runtime.environment import LaunchInfo
@@ -31,6 +32,7 @@ def run_example(defaults: EndToEndConfig, *, presets: Mapping[str, Path], descri
     args = parser(presets, description=description).parse_args()
     with usage_errors():
         config = settings(args, defaults, presets)
+        check_output_directory(args.save)
     if args.report_only:
         with usage_errors():
             _write_report(args.save)

@@ -65,5 +65,8 @@ def tokenise(texts: list[object], given: str | None, beside: Tokenizer | None, *
         elif tokenizer is None:
             raise ValueError("the model has no tokenizer.json beside it: give one with --tokenizer, or token ids")
         else:
-            documents.append(tokenizer.encode(text))
+            try:
+                documents.append(tokenizer.encode(text))
+            except ValueError as error:
+                raise ValueError(f"{where}, document {number}: {error}") from error
     return documents

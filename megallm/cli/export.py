@@ -25,6 +25,7 @@ from megallm.checkpoint.huggingface import HFWriter
 from megallm.checkpoint.peft import adapter_shapes, write_peft
 from megallm.config.model import ModelConfig
 from megallm.data.tokenizer import Tokenizer
+from megallm.runtime.outputs import check_output_directory
 from megallm.trainers.scores import FILE as CALIBRATION
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     FileNotFoundError if there is no complete checkpoint; ValueError if OUT is not empty, if transformers has no such
     model, or if weights are missing.
     """
+    check_output_directory(args.out)
     checkpoint = sharded.latest(args.checkpoint)
     if checkpoint is None:
         raise FileNotFoundError(f"{args.checkpoint} holds no complete checkpoint: give SAVE or SAVE/step-...")

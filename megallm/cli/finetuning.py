@@ -25,11 +25,13 @@ def run_example(
         device = device_for(info.local_rank)
         # After the flags: a mistyped one is answered at once.
         from megallm.trainers import finetune
+        from megallm.trainers.job import check_outputs
         from megallm.trainers.pretrain import show_sample
 
         module = importlib.import_module(f"megallm.trainers.{trainer}")
-    if args.show_masks:  # a look at the data alone
-        run = replace(run, checkpoint=replace(run.checkpoint, save=None, load=None))
+        if args.show_masks:  # a look at the data alone
+            run = replace(run, checkpoint=replace(run.checkpoint, save=None, load=None))
+        check_outputs(run)  # before a model to start from is trained
     run = finetune.with_base_model(run, info, device, cache_dir=user_cache_dir())
     with usage_errors():
         plan = module.plan(run, world_size=info.world_size, local_world_size=info.local_world_size, device=device)

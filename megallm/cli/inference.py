@@ -14,12 +14,14 @@ import torch
 from megallm.config.check import check_layout
 from megallm.config.numerics import NumericsConfig, Precision
 from megallm.config.parallel import ParallelConfig
+from megallm.data.records import read_json_lines
 from megallm.generate.sampling import Sampling
 from megallm.model.fp8 import check_fp8
 from megallm.ops.fp8 import fp8_recipe
 from megallm.parallel.mesh import Mesh, start_process_group
 from megallm.runtime.environment import launch_info
 from megallm.runtime.launch import device_for
+from megallm.runtime.outputs import check_output_file
 from megallm.trainers.engine import DTYPES, Engine
 from megallm.trainers.source import ModelSource, open_model
 
@@ -93,9 +95,11 @@ def open_job(args: argparse.Namespace) -> InferenceJob:
 
 
 def check_out(out: str | None, *inputs: str | None) -> None:
-    """ValueError if what is to be written is one of the files that are read."""
+    """ValueError if what is to be written is one of the files that are read, or cannot be written."""
     if out is None:
         return
+    if launch_info().rank == 0:  # who writes it: other nodes need not have the place
+        check_output_file(out)
     for each in inputs:
         if each is not None and Path(each).resolve() == Path(out).resolve():
             raise ValueError(f"{out} is read, and would be overwritten with the results: choose another file to write")
@@ -110,20 +114,13 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 def read_jsonl(path: str, key: str) -> list[Any]:
     """The value of `key` on each line of a .jsonl file; ValueError naming the line that has none."""
-    values = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        if not isinstance(row, Mapping) or key not in row:
-            raise ValueError(f"{path}, line {number}: no key {key!r} in it")
-        values.append(row[key])
-    if not values:
+    rows = read_json_lines(path)
+    if not rows:
         raise ValueError(f"{path} has no lines")
-    return values
+    for row in rows:
+        if key not in row:
+            raise ValueError(f"{row.where}: no key {key!r} in it")
+    return [row[key] for row in rows]
 
 
 def write_jsonl(path: str, rows: Iterable[Mapping[str, Any]]) -> None:

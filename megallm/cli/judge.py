@@ -133,7 +133,7 @@ def open_chat(args: argparse.Namespace, job: InferenceJob, template: str | None)
             f"the tokenizer has {tokenizer.vocab_size} ids, but {name} has a vocabulary of {config.vocab_size}"
         )
     length = config.max_position_embeddings if args.seq_length is None else args.seq_length
-    if config.position_embedding == "learned" and length > config.max_position_embeddings:
+    if length > config.max_position_embeddings:
         raise ValueError(f"seq_length ({length}) is more than {name} has positions ({config.max_position_embeddings})")
     return ChatModel(
         tokenizer=tokenizer, template=open_template(template, tokenizer, job.source.directory), max_length=length

@@ -14,6 +14,7 @@ from megallm.config.numerics import NumericsConfig
 from megallm.config.parallel import Offload
 from megallm.monitor.memory_picture import Placement, plot_placements
 from megallm.planner.memory import ElementBytes, element_bytes, largest_model, placed_states
+from megallm.runtime.outputs import check_output_file
 
 _STAGES: dict[Offload, tuple[int, ...]] = {"none": (0, 1, 2, 3), "optimizer": (0, 1, 2, 3), "optimizer+params": (3,)}
 
@@ -36,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints a line for each stage and offload, and writes the PNG if asked; returns 0.
 
-    ValueError for sizes that cannot be.
+    ValueError for sizes that cannot be, or a FILE that cannot be written.
     """
+    if args.out:
+        check_output_file(args.out)
     for name in ("parameters", "ranks", "device_gb", "host_gb", "layer_parameters"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name):g}: give a number above 0")

@@ -24,6 +24,7 @@ from megallm.data.encode import Progress, encode_sources
 from megallm.data.indexed import IndexedDataset, IndexedInfo, IndexedWriter, indexed_files
 from megallm.data.prepare import VALID_SUFFIX, choose_tokenizer, split_position
 from megallm.data.tokenizer import Tokenizer
+from megallm.runtime.outputs import check_output_file
 
 _COPY_TOKENS = 1 << 22
 
@@ -82,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
     for source in sources:
         if source.kind == "tokens":
             raise ValueError(f"{source.path} is tokenised already: pass it to training as --data {source.path}")
+    if not os.path.basename(args.out):
+        raise ValueError(f"--out {args.out!r} is a directory: give the names' common start, such as {args.out}tokens")
+    check_output_file(f"{args.out}.bin")
     started = time.monotonic()
     cache = Path(args.cache_dir) if args.cache_dir else default_cache_dir(os.environ, Path.home())
     tokenizer = choose_tokenizer(args.tokenizer, sources=sources, cache=cache, vocab_size=args.tokenizer_vocab_size)

@@ -33,6 +33,9 @@ def run_example(trainer: Literal["ppo", "grpo"], defaults: PpoConfig | GrpoConfi
         info = launch_info()
         device = device_for(info.local_rank)
         module = importlib.import_module(f"megallm.trainers.{trainer}")  # after the flags, which fail at once
+        from megallm.trainers.job import check_outputs
+
+        check_outputs(run)  # before a model to start from is trained
     if isinstance(run, PpoConfig):
         run = _with_reward(run, info, device)
     else:

@@ -14,6 +14,7 @@ from megallm.pipeline.generators import SCHEDULE_NAMES, make_schedule
 from megallm.pipeline.picture import format_text, save_png
 from megallm.pipeline.simulate import Simulation, simulate
 from megallm.pipeline.validate import validate
+from megallm.runtime.outputs import check_output_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the picture, the bubble and the live activations, and writes the PNG if asked; returns 0.
 
-    ValueError for sizes that the schedule refuses.
+    ValueError for sizes that the schedule refuses, or a FILE that cannot be written.
     """
+    if args.out:
+        check_output_file(args.out)
     schedule = make_schedule(
         args.schedule, pp=args.pp, virtual_stages=args.virtual_stages, num_microbatches=args.microbatches
     )

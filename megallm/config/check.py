@@ -182,6 +182,20 @@ def check_length(model: ModelConfig, *, seq_length: int) -> list[str]:
     return [warning]
 
 
+def check_positions(model: ModelConfig, what: str, *, prompt_tokens: int, new_tokens: int) -> None:
+    """ValueError unless the model has a position for every token of the prompt `what` and of its answer: beyond them a
+    learned table ends, and rotary angles were never trained."""
+    length, longest = prompt_tokens + new_tokens, model.max_position_embeddings
+    if length > longest:
+        way_out = "shorten the prompt or max_new_tokens"
+        if model.position_embedding != "learned":
+            way_out += ", or raise it in the model's config.json"
+        raise ValueError(
+            f"{what} ({prompt_tokens} tokens) + {new_tokens} new ones = {length} positions, but the model has "
+            f"{longest} (max_position_embeddings): {way_out}"
+        )
+
+
 def check_train(train: TrainConfig) -> None:
     """ValueError unless sizes are positive."""
     positive(train, "steps", "micro_batch_size", "global_batch_size", "seq_length", "log_every", "eval_sequences")

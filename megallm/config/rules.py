@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 
@@ -29,6 +30,18 @@ def fraction(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not 0.0 <= value < 1.0:
             raise ValueError(f"{name} ({value}) must be at least 0 and below 1")
+
+
+def whole(config: Any, *names: str) -> None:
+    """ValueError unless the named fields are whole numbers: for what a program sets, without a command line's types."""
+    for name in names:
+        if not is_whole(getattr(config, name)):
+            raise ValueError(f"{name} ({getattr(config, name)!r}) must be a whole number")
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an integer, of numpy's as well, and not True or False."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def is_positive_number(text: str) -> bool:

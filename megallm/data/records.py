@@ -60,6 +60,20 @@ def read_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     return records
 
 
+def read_json_lines(file: str | os.PathLike[str]) -> list[Record]:
+    """The objects of a file that has one a line, blank lines left out. ValueError names the line that is none.
+
+    Lines end with a newline only: JSON may hold other characters that end lines elsewhere, such as U+2028.
+    """
+    records: list[Record] = []
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{os.fspath(file)}:{number}"
+                records.append(_as_record(_parse(line, where=where, hint=""), where=where))
+    return records
+
+
 def detect_format(record: Mapping[str, Any]) -> str:
     """The format of a record, one of FORMATS, from its keys. `text` beside another format's keys (many data sets keep
     the rendered text too) does not count. ValueError says which keys were found and what to do."""
@@ -118,28 +132,18 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
 
 
-def _read_file(file: Path) -> list[dict[str, Any]]:
+def _read_file(file: Path) -> list[Record]:
     if file.suffix.lower() not in (".jsonl", ".json"):
         raise ValueError(f"{file}: records are read from .jsonl (an object a line) or .json (a list of objects) files")
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist" if not file.exists() else f"{file} is not a file")
-    records = _read_json_list(file) if file.suffix.lower() == ".json" else _read_json_lines(file)
+    records = _read_json_list(file) if file.suffix.lower() == ".json" else read_json_lines(file)
     if not records:
         raise ValueError(f"{file} holds no records")
     return records
 
 
-def _read_json_lines(file: Path) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{file}:{number}"
-                records.append(_as_record(_parse(line, where=where, hint=""), where=where))
-    return records
-
-
-def _read_json_list(file: Path) -> list[dict[str, Any]]:
+def _read_json_list(file: Path) -> list[Record]:
     content = _parse(file.read_bytes(), where=str(file), hint="; a file with an object a line is named .jsonl")
     if not isinstance(content, list):
         raise ValueError(

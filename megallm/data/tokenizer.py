@@ -185,6 +185,8 @@ class Tokenizer:
             return isinstance(self._inner.model, models.WordLevel) and self._inner.normalizer is None
 
     def _why(self, texts: Sequence[str], error: Exception) -> str:
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            return "it holds bytes that are not UTF-8, or half of a surrogate pair"
         if isinstance(self._inner.model, models.WordLevel):
             unknown = sorted({character for text in texts for character in set(text) if character not in self._vocab})
             if unknown:

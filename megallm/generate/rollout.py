@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megallm.config.check import check_positions
 from megallm.config.model import ModelConfig
+from megallm.config.rules import is_whole
 from megallm.data.tokenizer import Tokenizer
 from megallm.generate.decode import Decoder, FinishReason, Token
 from megallm.generate.replay import make_recorder
@@ -129,16 +131,17 @@ def check_request(
     """The samples to make; ValueError for what `rollout` refuses."""
     if config.head != "lm":
         raise ValueError("a model with a scalar head generates nothing: a language model is needed")
-    if num_samples < 1:
-        raise ValueError(f"num_samples ({num_samples}) must be at least 1")
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str):
+        raise ValueError(f"prompts are of type {type(prompts).__name__}: give lists of token ids (.tolist())")
+    _check_count("num_samples", num_samples)
     if num_samples > 1 and sampling.temperature == 0.0:
         raise ValueError(f"num_samples ({num_samples}) of a greedy answer are all equal: give a temperature above 0")
     if sampling.stop_strings and tokenizer is None:
         raise ValueError("stop strings are found in text: give the tokenizer as well")
     with_special_stops(sampling, tokenizer)
-    if not isinstance(max_new_tokens, int) and len(max_new_tokens) != len(prompts):
-        raise ValueError(f"max_new_tokens has {len(max_new_tokens)} numbers for {len(prompts)} prompts: give one each")
-    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    most = max_new_tokens if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
+    if len(most) != len(prompts):
+        raise ValueError(f"max_new_tokens has {len(most)} numbers for {len(prompts)} prompts: give one each")
     requests = []
     for index, (prompt, num_new) in enumerate(zip(prompts, most, strict=True)):
         _check_prompt(config, index, prompt, num_new)
@@ -152,22 +155,27 @@ def check_request(
 
 
 def _check_prompt(config: ModelConfig, index: int, prompt: Sequence[int], num_new: int) -> None:
-    if num_new < 1:
-        raise ValueError(f"max_new_tokens ({num_new}) must be at least 1")
+    _check_count("max_new_tokens", num_new)
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        raise ValueError(f"prompt {index} is of type {type(prompt).__name__}: give a list of token ids (.tolist())")
     if not prompt:
         raise ValueError(f"prompt {index} has no tokens: give at least one (a space, or the tokenizer's bos)")
+    if wrong := [each for each in prompt if not is_whole(each)]:
+        raise ValueError(f"prompt {index} holds {wrong[0]!r}: token ids are whole numbers")
     low, high = min(prompt), max(prompt)
     if low < 0 or high >= config.vocab_size:
         raise ValueError(
             f"prompt {index} has token id {low if low < 0 else high}, but the model's vocabulary has "
             f"{config.vocab_size} ids"
         )
-    length = len(prompt) + num_new
-    if config.position_embedding == "learned" and length > config.max_position_embeddings:
-        raise ValueError(
-            f"prompt {index} ({len(prompt)} tokens) + {num_new} new ones = {length} positions, but the "
-            f"model has learned {config.max_position_embeddings}: shorten the prompt or max_new_tokens"
-        )
+    check_positions(config, f"prompt {index}", prompt_tokens=len(prompt), new_tokens=num_new)
+
+
+def _check_count(name: str, value: int) -> None:
+    if not is_whole(value):
+        raise ValueError(f"{name} ({value!r}) must be a whole number")
+    if value < 1:
+        raise ValueError(f"{name} ({value}) must be at least 1")
 
 
 def _decoded(

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from megallm.config.rules import whole
 from megallm.parallel import random
 
 _CHILDREN, _MAX_LEVELS = 16, 8
@@ -55,6 +56,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature >= 0.0:
             raise ValueError(f"temperature ({self.temperature}) must be 0 (greedy) or above")
+        whole(self, "top_k", "seed")
         if self.top_k < 0:
             raise ValueError(f"top_k ({self.top_k}) must be 0 (all tokens) or above")
         if not 0.0 < self.top_p <= 1.0:
@@ -63,7 +65,10 @@ class Sampling:
             raise ValueError(f"min_p ({self.min_p}) must be between 0 (all tokens) and 1")
         if not self.repetition_penalty > 0.0:
             raise ValueError(f"repetition_penalty ({self.repetition_penalty}) must be above 0; 1 = none")
-        if "" in self.stop_strings:
+        stops = self.stop_strings
+        if not isinstance(stops, tuple | list) or not all(isinstance(each, str) for each in stops):
+            raise ValueError(f"stop_strings ({stops!r}) must be a tuple of texts, such as ('User:',)")
+        if "" in stops:
             raise ValueError("an empty stop string would end every sequence at once: leave it out")
 
     @property

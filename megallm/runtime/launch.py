@@ -16,6 +16,7 @@ the rank that failed and points to what that rank has said.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -40,13 +41,19 @@ __all__ = [
 ]
 
 
+_OF_A_PATH = {
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+}  # fmt: skip
+"""What the system says of a path that was named wrongly. Others, such as a full disk, are no mistakes of usage."""
+
+
 class UsageError(ValueError):
     """What was asked for cannot be done; the message names the values, the rule and the way out."""
 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turns ValueError and FileNotFoundError of its block into UsageError.
+    """Turns ValueError, FileNotFoundError and what the system has against a path into UsageError.
 
     Put around what reads and checks the user's wishes, and only that: no rank may have talked to another yet.
     """
@@ -55,6 +62,10 @@ def usage_errors() -> Iterator[None]:
     except UsageError:
         raise
     except FileNotFoundError as error:
+        raise UsageError(_file_message(error)) from error
+    except OSError as error:
+        if error.filename is None or error.errno not in _OF_A_PATH:  # of a socket or a process: not the user's wishes
+            raise
         raise UsageError(_file_message(error)) from error
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -122,7 +133,7 @@ def num_usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _file_message(error: FileNotFoundError) -> str:
+def _file_message(error: OSError) -> str:
     """`path: no such file or directory` for what the system reported; a message of our own stays as it is."""
     if error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror.lower()}"

@@ -116,9 +116,10 @@ def _prompts(config: EndToEndConfig, source: ModelSource) -> tuple[ChatModel, li
     assert tokenizer is not None, "SFT has left one"
     template = open_template(run.data.template, tokenizer, source.directory)
     chat = ChatModel(tokenizer=tokenizer, template=template, max_length=run.train.seq_length)
+    longest = min(run.train.seq_length, source.config.max_position_embeddings)
     dataset = PromptDataset(
         read_prompts(options.prompts, split="valid"), chat, shuffle=False,
-        max_prompt_tokens=run.train.seq_length - options.max_new_tokens,
+        max_prompt_tokens=longest - options.max_new_tokens,
     )  # fmt: skip
     return chat, [dataset.prompt(i) for i in range(min(options.num_prompts, dataset.num_prompts))]
 

@@ -42,9 +42,10 @@ from megallm.ops.fp8 import fp8_recipe
 from megallm.parallel.mesh import Mesh, start_process_group
 from megallm.pipeline.partition import partition_layers
 from megallm.planner.memory import MemoryPlan
-from megallm.runtime.environment import LaunchInfo
+from megallm.runtime.environment import LaunchInfo, launch_info
 from megallm.runtime.lock import sole_writer
 from megallm.runtime.logging import Log
+from megallm.runtime.outputs import check_output_directory, check_output_file
 from megallm.trainers.engine import DTYPES, Engine
 from megallm.trainers.loop import Loader, Outputs, Program, Supervised, Validate, train_loop
 from megallm.trainers.losses import Batch, LossFunction, count_labels
@@ -83,8 +84,17 @@ class JobPlan:
     """What a step is, said at the start; empty = a batch."""
 
 
+def check_outputs(run: JobConfig) -> None:
+    """ValueError unless what the run leaves behind can be written: called before anything is trained or read."""
+    if run.checkpoint.save is not None:
+        check_output_directory(run.checkpoint.save)
+    if run.train.metrics_file is not None and launch_info().rank == 0:  # which alone writes it
+        check_output_file(run.train.metrics_file)
+
+
 def check_shape(run: JobConfig, config: ModelConfig, *, world_size: int, device: torch.device) -> None:
     """ValueError for what is wrong whatever the data: called before minutes are spent on them."""
+    check_outputs(run)
     check_run(run, config, world_size)
     partition_layers(config.num_hidden_layers, run.parallel.pp * run.parallel.virtual_stages)
     check_fp8(fp8_recipe(run.numerics), config, tp=run.parallel.tp, device=device)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from megallm.checkpoint import sharded
-from megallm.config.check import check_layout, check_length
+from megallm.config.check import check_layout, check_length, check_positions
 from megallm.config.model import ModelConfig
 from megallm.config.parallel import ParallelConfig
 from megallm.config.rl import PpoConfig, RlConfig
 from megallm.config.rules import nearest_multiples
-from megallm.data.prompts import Prompt
+from megallm.data.prompts import Prompt, PromptDataset
 from megallm.data.tokenizer import Tokenizer
 from megallm.trainers.rewards import RewardSpec, split_weight
 from megallm.trainers.source import ModelSource, open_model
@@ -119,6 +119,12 @@ def check_minibatch(run: RlConfig, world_size: int) -> None:
             f"micro_batch_size * dp ({micro} * {dp} = {micro * dp}); use {nearest_multiples(size, micro * dp)}, or "
             "another mesh for the critic"
         )
+
+
+def check_room(run: RlConfig, config: ModelConfig, *prompts: PromptDataset | None) -> None:
+    """ValueError if the policy has no positions for the longest answer to the longest prompt."""
+    longest = max(each.longest for each in prompts if each is not None)
+    check_positions(config, "the longest prompt", prompt_tokens=longest, new_tokens=run.rollout.max_new_tokens)
 
 
 def check_columns(rewards: Sequence[RewardSpec], *prompts: Sequence[Prompt]) -> None:

@@ -50,6 +50,7 @@ from megallm.trainers.rl_checks import (
     check_columns,
     check_frozen,
     check_minibatch,
+    check_room,
     other_templates,
     pinned,
 )
@@ -102,6 +103,7 @@ def plan_rl(
     template = open_template(run.data.template, base.tokenizer, base.source.directory)
     chat = ChatModel(tokenizer=base.tokenizer, template=template, max_length=run.train.seq_length)
     prompts, held_out = _prompts(run, chat, embedded)
+    check_room(run, base.config, prompts, held_out)
     check_columns(rewards, prompts.prompts, () if held_out is None else held_out.prompts)
     rollout = run.rollout
     words = (
