@@ -6,13 +6,12 @@
 
 import argparse
 
+from megallm.cli import generate
 from megallm.runtime.launch import run_main, usage_errors
 
 
 def main() -> int:
     """The command `megallm generate` under another name."""
-    from megallm.cli import generate  # here: it imports torch, which reads how threads wait when it is loaded
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     generate.add_arguments(parser)
     args = parser.parse_args()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megallm.runtime.environment import let_waiting_threads_sleep, wished_threads
+from megallm.runtime.environment import wished_threads
 from megallm.runtime.launch import (
     LaunchInfo,
     UsageError,
@@ -235,29 +235,6 @@ def test_ranks_of_a_node_share_its_cores() -> None:
 )
 def test_threads_that_the_user_wishes_are_not_torchruns_own(value: str | None, ranks: int, wished: int | None) -> None:
     assert wished_threads(ranks, {} if value is None else {"OMP_NUM_THREADS": value}) == wished
-
-
-@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}], ids=str)
-def test_waiting_threads_sleep_unless_the_user_says_how_they_wait(
-    own: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in own.items():
-        monkeypatch.setenv(name, value)
-    let_waiting_threads_sleep()
-    assert os.environ.get("GOMP_SPINCOUNT") == ("3000" if not own else own.get("GOMP_SPINCOUNT"))
-
-
-def test_a_program_says_how_its_threads_wait_before_torch_is_there() -> None:
-    program = (
-        "import os, sys; from megallm.runtime.launch import run_main; import examples.grpo, examples.generate; "
-        "early = 'torch' not in sys.modules; run_main(lambda: print(early, os.environ['GOMP_SPINCOUNT']))"
-    )
-    own = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    environment = {name: value for name, value in os.environ.items() if name not in own}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "3000"], done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's ranks compute on GPUs")

@@ -15,9 +15,6 @@ from typing import NoReturn
 from megallm.data.cache import default_cache_dir
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_SPINS = 3000
-"""Looks that a waiting thread of OpenMP takes before it sleeps: some 0.1 ms, longer than most pauses between two
-operations. libgomp's own 300,000 take longer than a thread whose core is taken needs to come back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +78,6 @@ def wished_threads(local_world_size: int, environment: Mapping[str, str] | None 
     if not first.isdecimal() or int(first) < 1:
         return None
     return None if first == "1" and local_world_size > 1 else int(first)
-
-
-def let_waiting_threads_sleep() -> None:
-    """Threads of OpenMP that wait for one another sleep soon, unless the user has said how they wait. Before torch is
-    imported, else it changes nothing.
-
-    A program whose threads spin stands still where another takes one of its cores: both wait, at full load.
-    """
-    if "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["GOMP_SPINCOUNT"] = str(_SPINS)
 
 
 def become_ranks(number: int, arguments: Sequence[str]) -> NoReturn:

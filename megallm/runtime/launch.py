@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from megallm.runtime.environment import LaunchInfo, launch_info, let_waiting_threads_sleep, wished_threads
+from megallm.runtime.environment import LaunchInfo, launch_info, wished_threads
 from megallm.runtime.failure import end_failure, end_interrupt, end_usage_error, end_well
 
 if TYPE_CHECKING:
@@ -77,7 +77,6 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     A UsageError prints one line for the whole node and exits with 2; any other exception ends the whole job, shown once
     (runtime/failure.py).
     """
-    let_waiting_threads_sleep()
     try:
         info = launch_info()
     except ValueError as error:
