@@ -7,6 +7,7 @@ one core would wait for each other, and a virtual core that falls idle while a r
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,6 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
         own = sorted(os.sched_getaffinity(0))[number::workers]
         if own:
             os.sched_setaffinity(0, own)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fresh_pools() -> Iterator[None]:
+    """Ends a file's pools with it: each of their process groups has a gloo thread that wakes 100 times a second. Those
+    of a whole suite are over a thousand, and keep the cores busy with nothing."""
+    yield
+    close_pools()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
